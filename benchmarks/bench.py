@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.machine import processor
-from benchmarks.plan import section
+from benchmarks.results_page import machine_class, replace_section
 from benchmarks.rows import make_pairs, make_rows, read_pairs, read_rows
 from benchmarks.runner import OURS, PEERS, ROOT, Entry, RunError, Store, run
 from benchmarks.sides import Sides, speed
@@ -57,7 +57,7 @@ class Bench:
         work, folder = self.work(key), self.folder / key
         console.print(f"\n[bold]{key}[/]  {work.title}")
         if not (self.store.all(work=key) and (folder / "prepared.json").exists()):
-            self._prepare(work, folder)
+            self.prepare(work, folder)
         tuned = self._tune(work, folder)
         sides = {"rung": None, "default": default(work), "tuned": tuned}
         for pair in range(self.pairs):
@@ -70,11 +70,11 @@ class Bench:
                     self._say(f"pair {pair + 1}/{self.pairs}  {side:<8}", entry)
         self._rates(key, self.pairs)
 
-    def _prepare(self, work: Workload, folder: Path) -> None:
+    def prepare(self, work: Workload, folder: Path) -> None:
         """Rows, Rung's config, and the ids that both sides get."""
         folder.mkdir(parents=True, exist_ok=True)
         data = folder / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in self._rows(work)), encoding="utf-8")
+        data.write_text("".join(json.dumps(row) + "\n" for row in self.rows_of(work)), encoding="utf-8")
         training = work if isinstance(work, Training) else Training(work.key, work.title, work.target, seed=work.seed)
         config = training.config(str(data), str(folder / "run"))
         (folder / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -82,7 +82,7 @@ class Bench:
         given = ("-m", "benchmarks.prepare", work.key, length, folder, self.sides.model)
         run([OURS / "python", *given], folder / "prepare.log", self.sides.env)
 
-    def _rows(self, work: Workload) -> list[Entry]:
+    def rows_of(self, work: Workload) -> list[Entry]:
         """Of the file that was named, or generated."""
         if isinstance(work, Training) and work.objective != "sft":
             pairs = read_pairs(self.rows, work.rows) if self.rows else make_pairs(work.rows, work.seed)
@@ -124,23 +124,22 @@ class Bench:
 def main(arguments: list[str] | None = None) -> int:
     """0 when every check passed, 1 when the sides did not do the same work, 2 when something could not run."""
     asked = _parse(arguments)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     settings = {"quick": asked.quick, "rows": str(asked.rows) if asked.rows else None}
     try:
         store = Store.open(asked.work / "measured.jsonl", settings, resume=asked.resume)
-        bench = Bench(asked.work, store, _sides(asked.work, env), asked.pairs, asked.quick, asked.rows)
+        bench = Bench(asked.work, store, sides_of(asked.work), asked.pairs, asked.quick, asked.rows)
         for key in asked.only:
             bench.measure(key)
     except (RunError, ValueError, OSError) as error:
         console.print(f"bench: {error}", markup=False, style="red")
         return 2
-    machine = {**processor(), "threads_asked": env.get("OMP_NUM_THREADS", "default")}
+    machine = {**processor(), "threads_asked": os.environ.get("OMP_NUM_THREADS", "default")}
     works = {key: bench.work(key) for key in WORKLOADS if store.all(kind="run", work=key)}
     found = report.Report(works, store, machine, asked.work, sys.argv[1:] if arguments is None else arguments)
     found.show(console)
     target = asked.results or (ROOT / "benchmarks" if _whole(bench, works) else asked.work) / "RESULTS.md"
-    planned = section(target)  # of another command
-    target.write_text("\n\n".join(filter(None, (found.markdown().rstrip(), planned))) + "\n", encoding="utf-8")
+    name = f"bench {machine_class(machine['instructions'])}"
+    replace_section(name, found.markdown(), target, head=report.page_head())
     console.print(f"\nwritten to {target}")
     return int(bool(found.problems))
 
@@ -171,8 +170,9 @@ def _keys(text: str) -> list[str]:
     return keys
 
 
-def _sides(folder: Path, env: dict[str, str]) -> Sides:
+def sides_of(folder: Path) -> Sides:
     """The base's folder and what Rung's imports weigh."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     if not (PEERS / "python").exists():
         raise RunError("there is no .venv-peers: run make bench, or scripts/install-peers")
     log = folder / "setup.log"

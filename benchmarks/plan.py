@@ -24,13 +24,12 @@ from typing import Any
 
 import yaml
 
+from benchmarks.results_page import replace_section
 from benchmarks.runner import OURS, RunError
 from benchmarks.runner import run as run_process
 
 EACH, MEAN = 0.10, 0.05
 """How far a prediction may be off, of what the libraries do not hold, and all of them in the mean."""
-RESULTS = Path(__file__).parent / "RESULTS.md"
-BEGIN, END = "<!-- planned memory -->", "<!-- end of planned memory -->"
 WORDS = (
     "alpha beta gamma delta house river money stock price growth cash year report company market share value "
     "total income net gross tax"
@@ -274,16 +273,9 @@ def write_rows(path: Path, case: Case) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
-def section(results: Path) -> str:
-    """The part that `write` keeps in a file of results, for whoever writes the rest anew; empty where there is none."""
-    text = results.read_text() if results.exists() else ""
-    return BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END if BEGIN in text else ""
-
-
 def write(found: list[dict[str, Any]], errors: list[float], footprint: int) -> None:
     """Replace this part of the results."""
     lines = [
-        BEGIN,
         "## Planned and measured memory",
         "",
         "```",
@@ -301,10 +293,7 @@ def write(found: list[dict[str, Any]], errors: list[float], footprint: int) -> N
     for one, error in zip(found, errors, strict=True):
         planned, measured = (f"{one[name] / 1e9:.2f} GB" for name in ("planned", "measured"))
         lines.append(f"| {one['name']} | {planned} | {measured} | {error:+.1%} | {one['at']} |")
-    text = RESULTS.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    RESULTS.write_text(before.rstrip() + "\n\n" + "\n".join([*lines, END]) + after.rstrip() + "\n")
+    replace_section("planned memory", "\n".join(lines))
 
 
 if __name__ == "__main__":

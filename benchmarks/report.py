@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.flops import seconds_at
+from benchmarks.results_page import machine_class
 from benchmarks.runner import Entry, Store
 from benchmarks.sides import differences, speed, weights
 from benchmarks.workloads import Training, Workload
@@ -51,6 +52,18 @@ HOW_TO_READ = """\
   attention costs as much as if they did. Pairs it cannot pack, and a reference computed beforehand is the same work at
   another time where there is one epoch.
 """
+
+
+def page_head() -> str:
+    """What stands before all sections of RESULTS.md."""
+    parts = [
+        "# Rung beside its peer",
+        "Rung and TRL 1.16 with PEFT 0.21 on the same rows in the same order, from the same weights, with the same "
+        "optimizer, learning rate and steps, in alternation. One section for each class of processors.",
+        "### How to read it",
+        HOW_TO_READ.rstrip(),
+    ]
+    return "\n\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -176,25 +189,22 @@ class Report:
             console.print(problem, style="red", markup=False)
 
     def markdown(self) -> str:
-        """The page that stands in the repository."""
+        """The section of this machine's class."""
         checks = [f"- {p}" for p in self.problems] or [
             "Every step of both sides held the same tokens, and the losses agree step by step:",
             *(f"- {line}" for line in self._agreement()),
         ]
+        name = machine_class(self.machine["instructions"])
         parts = [
-            "# Rung beside its peer",
-            "Rung and TRL 1.16 with PEFT 0.21 on the same rows in the same order, from the same weights, with the same "
-            "optimizer, learning rate and steps, in alternation. Made by:",
+            f"## {name}",
             f"```\n{shlex.join(['make', 'bench'] if not self.arguments else ['bench', *self.arguments])}\n```",
             "\n".join(f"- {line}" for line in self.machine_lines),
             _markdown(HEADER, self.lines),
-            "## How to read it",
-            HOW_TO_READ.rstrip(),
-            "## Was it the same work?",
+            f"### {name}: was it the same work?",
             "\n".join(checks),
-            "## Cold steps and whole processes",
+            f"### {name}: cold steps and whole processes",
             _markdown(*self._details()),
-            "## What the peer was tuned over",
+            f"### {name}: what the peer was tuned over",
             _markdown(("work", "candidate", "tokens/s", "peak memory"), self._tuning()),
         ]
         return "\n\n".join(parts) + "\n"

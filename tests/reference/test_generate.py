@@ -7,7 +7,8 @@ import torch
 
 from builders import greedy_by_transformers, policy_of, tuned
 from models import SHAPES, tiny_model
-from rung.models.generate import Sampling, _batches, _common_prefix_length, generate
+from rung.models import decoding
+from rung.models.generate import Sampling, _common_prefix_length, generate
 
 PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 300, 200, 100, 50]]
 
@@ -66,7 +67,91 @@ def test_common_prefix_leaves_a_token_to_everyone(prompts: list[list[int]], shar
     assert _common_prefix_length(prompts) == shared
 
 
-def test_long_prompts_come_in_smaller_batches() -> None:
-    lengths = [10, 20, 30, 9_000, 9_000, 20_000]
-    assert list(_batches(range(6), lengths, 2)) == [[0, 1], [2], [3], [4], [5]]
-    assert list(_batches(range(3), lengths, 32)) == [[0, 1, 2]]
+MANY = [
+    [5, 6, 7, *range(20 + 3 * i, 20 + 3 * i + length)] for i, length in enumerate((1, 9, 2, 30, 4, 1, 17, 3, 6, 12))
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompts", [MANY, [p[3:] for p in MANY]], ids=["shared prefix", "nothing shared"])
+def test_a_place_that_is_filled_again_sees_nothing_of_its_former_row(shape: str, prompts: list[list[int]]) -> None:
+    """Answers end at different tokens, so that prompts join a batch that is under way."""
+    model = tiny_model(shape, dtype=torch.float64)
+    stops = [int(token) for token in range(0, model.config.vocab_size, 7)]
+    answers = generate(policy_of(model), prompts, stop_ids=stops, sampling=Sampling(12), batch_size=3)
+    expected = [greedy_by_transformers(model, prompt, 12, stops) for prompt in prompts]
+    assert [a.all_tokens for a in answers] == expected
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (alone,) = generate(policy_of(model), [prompt], stop_ids=stops, sampling=Sampling(12))
+        assert answer.logprobs == pytest.approx(alone.logprobs, rel=1e-9)
+    assert shape == "gpt2" or len({len(ids) for ids in expected}) > 1  # the random GPT-2 repeats one token
+
+
+def rows_of_calls(policy: object, **options: object) -> list[int]:
+    """Rows of each call of the model while it answers."""
+    rows: list[int] = []
+
+    def note(module: object, args: object, kwargs: dict[str, torch.Tensor], out: object) -> None:
+        if "past_key_values" in kwargs:
+            rows.append(len(kwargs["input_ids"]))
+
+    hook = policy.model.register_forward_hook(note, with_kwargs=True)  # type: ignore[attr-defined]
+    generate(policy, **options)  # type: ignore[arg-type]
+    hook.remove()
+    return rows
+
+
+def test_a_prompt_that_waits_takes_the_place_of_an_answer_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer of 40 tokens and 39 of one: without refilling a batch of 4 takes 40 + 9 calls."""
+    policy = policy_of(tiny_model(vocab_size=512))
+    prompts = [[5, 6, 7 + i] for i in range(40)]
+    first = [a.ids[0] for a in generate(policy, prompts, stop_ids=[], sampling=Sampling(1))]
+    stops = sorted(set(first) - {first[39]})  # all answers end at once but those that begin as the last one does
+    ended = sum(token in stops for token in first)
+    assert 30 < ended < 40
+    rows = rows_of_calls(policy, prompts=prompts, stop_ids=stops, sampling=Sampling(40), batch_size=4)
+    lengths = [len(a.all_tokens) for a in generate(policy, prompts, stop_ids=stops, sampling=Sampling(40))]
+    assert max(rows) == 4
+    # the calls in which every place is taken, and at most one longest answer beside them
+    assert len(rows) <= sum(lengths) / 4 + max(lengths)
+    # without refilling: each batch as long as its longest answer
+    assert len(rows) < sum(max(lengths[i : i + 4]) for i in range(0, 40, 4))
+
+
+def test_the_cache_forgets_what_no_row_sees() -> None:
+    """Answers of 25 and 15 tokens in turn, so that the batch never runs empty."""
+    policy, slots = policy_of(tiny_model(dtype=torch.float64)), []
+    generator = torch.Generator().manual_seed(0)
+    decoder = decoding.Decoder(policy, None, 0, frozenset(), Sampling(25), generator, batch_size=2)
+    policy.model.register_forward_hook(
+        lambda m, args, kwargs, out: slots.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    prompts = [[5 + i, 6] for i in range(30)]
+    with torch.no_grad():
+        answers = decoder.run([decoding.Request(i, p, 25 if i % 2 else 15) for i, p in enumerate(prompts)])
+    assert len(slots) > 200 and max(slots) <= 2 + 25 + decoding.TRIM_SLOTS
+    for i, prompt in enumerate(prompts):
+        (answer,), alone = (
+            answers[i],
+            generate(policy, [prompt], stop_ids=[], sampling=Sampling(25 if i % 2 else 15))[0],
+        )
+        assert answer.ids == alone.ids and answer.logprobs == pytest.approx(alone.logprobs, rel=1e-9)
+
+
+def test_prompts_in_the_batch_fit_into_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 40)
+    policy = policy_of(tiny_model())
+    prompts = [list(range(5 + i, 5 + i + length)) for i, length in enumerate((3, 4, 5, 10, 19, 20))]
+    rows = rows_of_calls(policy, prompts=prompts, stop_ids=[], sampling=Sampling(3), batch_size=8)
+    # two of 20 tokens; later four of at most ten
+    assert rows[0] == 2 and max(rows) == 4
+    alone = [generate(policy, [p], stop_ids=[], sampling=Sampling(3))[0].ids for p in prompts]
+    together = generate(policy, prompts, stop_ids=[], sampling=Sampling(3), batch_size=8)
+    assert [a.ids for a in together] == alone
+
+
+def test_answered_prompts_are_counted_once() -> None:
+    counted: list[int] = []
+    options = {"stop_ids": [], "sampling": Sampling(3, 1.0, 0, 2), "batch_size": 4, "on_batch": counted.append}
+    generate(policy_of(tiny_model()), [[5, 6], [7], [8, 9, 10], [11], [12]], **options)  # type: ignore[arg-type]
+    assert sum(counted) == 5 and len(counted) > 1

@@ -160,13 +160,17 @@ def test_what_is_drawn_otherwise_than_scored_fails_its_gate() -> None:
 def test_several_answers_read_their_prompt_once() -> None:
     policy, _ = tuned("lora")
     asked = [p.ids.tolist() for p in prompts()]
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     hook = policy.model.model.layers[0].register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[0]), with_kwargs=True
+        lambda m, args, kwargs: seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])),
+        with_kwargs=True,
     )
     many = generate(policy, asked, stop_ids=(), sampling=Sampling(5, answers_per_prompt=6), batch_size=24)
     hook.remove()
-    assert seen[0] == len(asked) and seen[1] == 6 * len(asked)
+    encoding, decoding = seen[:-5], seen[-5:]
+    assert decoding == [(6 * len(asked), 1)] * 5
+    # the last token of a prompt goes through the model with its answers
+    assert 0 < sum(rows * tokens for rows, tokens in encoding) <= sum(len(ids) - 1 for ids in asked)
     once = generate(policy, asked, stop_ids=(), sampling=Sampling(5), batch_size=24)
     assert [a.ids for a in many] == [a.ids for a in once for _ in range(6)]  # greedy: all the same
     drawn = generate(policy, asked, stop_ids=(), sampling=Sampling(5, 1.0, 3, 6), batch_size=24)

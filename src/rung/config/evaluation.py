@@ -58,7 +58,7 @@ class EvaluationConfig(Config):
     chosen on them."""
     dequantize: bool = False
     """qlora only: answer with a dequantized copy of the base: the same weights, faster, more memory."""
-    batch: PositiveInt = 32
-    """Questions answered in one batch."""
+    batch: PositiveInt = 64
+    """Answers generated at once; a question that waits takes the place of an answer that has ended."""
     judge: JudgeConfig | None = None
     """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""

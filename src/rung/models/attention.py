@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from rung.errors import PlanError
-from rung.models.kv_cache import Prefix, attend_one_token
+from rung.models.kv_cache import attend_one_token
 from rung.models.tree_attention import (
     AttentionParams,
     KeysValues,
@@ -59,7 +59,7 @@ def tree_attention(
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
     shared_kv: KVByLayer | None = kwargs.pop("shared", None)
     capture: dict[int, KeysValues] | None = kwargs.pop("capture", None)
-    prefix: Prefix | None = kwargs.pop("prefix", None)
+    prefix: KVByLayer | None = kwargs.pop("prefix", None)
     params = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
     # Segments and masks state causality; transformers sets this flag for kernels that get no mask.
     kwargs.pop("is_causal", None)

@@ -17,10 +17,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from rung.models.tree_attention import AttentionParams, KeysValues
-
-Prefix = Sequence[KeysValues]
-"""Keys and values [1, K, P, D] of every layer, by layer number: the common prefix of all rows of a batch."""
+from rung.models.tree_attention import AttentionParams, KeysValues, KVByLayer
+from rung.types import Segment
 
 GROWTH_SLOTS = 64
 """Free slots of a new buffer: until they are used, appending a token copies one token instead of all of them."""
@@ -44,21 +42,66 @@ class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
                     larger_buffer[:, :, :old_length] = self.buffers[i][:, :, :old_length]
                 self.buffers[i] = larger_buffer
             self.buffers[i][:, :, old_length:new_length] = states
-        # Views, because transformers reads the length of the cache from the shape of `keys`.
-        self.keys, self.values = (buffer[:, :, :new_length] for buffer in self.buffers)
+        self._show(new_length)
         return self.keys, self.values
+
+    def write(self, states: KeysValues, targets: Sequence[tuple[int, Segment]], *, places: int, slots: int) -> None:
+        """Write segments of a packed row [1, K, T, D] to places of the batch: each ends at the last slot.
+
+        Afterwards the layer has this many places and slots; what was there keeps its place, and ends there too.
+        """
+        length = int(self.get_seq_length()) if self.is_initialized else 0
+        if not self.is_initialized:
+            self.lazy_initialization(*states)
+            self.buffers = [part.new_zeros(0, *part.shape[1:2], 0, part.shape[3]) for part in states]
+        for i, part in enumerate(states):
+            old = self.buffers[i]
+            if old.shape[0] < places or old.shape[2] < slots or length < slots:
+                # zeros: a masked slot has no weight, but no weight times what is not a number is not a number
+                self.buffers[i] = part.new_zeros(places, part.shape[1], slots + GROWTH_SLOTS, part.shape[3])
+                self.buffers[i][: old.shape[0], :, slots - length : slots] = old[:, :, :length]
+            for place, segment in targets:
+                first = slots - (segment.end - segment.start)
+                self.buffers[i][place, :, first:slots] = part[0, :, segment.start : segment.end]
+        self._show(slots)
+
+    def trim(self, count: int) -> None:
+        """Forget the first slots."""
+        length = int(self.get_seq_length()) - count
+        self.buffers = [buffer[:, :, count:] for buffer in self.buffers]
+        self._show(length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
         length = int(self.get_seq_length())
         # The buffers, not the views: the free slots stay available.
         self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        # Views, because transformers reads the length of the cache from the shape of `keys`.
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
-def new_cache() -> Cache:
-    """An empty cache of growing layers."""
-    return Cache(layer_class_to_replicate=GrowingCacheLayer)
+class RowCache(Cache):  # type: ignore[misc]
+    """The cache of a batch of rows that join and leave, all of which end at the same slot."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingCacheLayer)
+
+    def write(self, kv_by_layer: KVByLayer, targets: Sequence[tuple[int, Segment]], *, places: int, slots: int) -> None:
+        """`GrowingCacheLayer.write` in every layer; without keys it only makes room."""
+        if not kv_by_layer:
+            kv_by_layer = {i: (layer.keys[:1, :, :0], layer.values[:1, :, :0]) for i, layer in enumerate(self.layers)}
+        for layer, states in sorted(kv_by_layer.items()):
+            while len(self.layers) <= layer:
+                self.layers.append(GrowingCacheLayer())
+            self.layers[layer].write(states, targets, places=places, slots=slots)
+
+    def trim(self, count: int) -> None:
+        """Forget the first slots of every layer."""
+        for layer in self.layers:
+            layer.trim(count)
 
 
 def attend_one_token(

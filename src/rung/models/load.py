@@ -48,6 +48,7 @@ from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf_reader import gguf_tokenizer, load_gguf, message_of
 from rung.models.layers import drop_layers
 from rung.models.streaming import LinearPlacement, leave_linears_stored
+from rung.models.threads import adapt_threads
 from rung.planning.architecture import (
     adapter_base_name,
     adapter_config,
@@ -71,6 +72,7 @@ def load_base(
     unsupported architecture.
     """
     attention.register()
+    adapt_threads()
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)

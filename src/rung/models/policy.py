@@ -244,10 +244,15 @@ class Policy:
 
     def prefix_kv(self, inputs: Tensor, start: int = 0, context_kv: KVByLayer | None = None) -> dict[int, KeysValues]:
         """Keys and values by layer of ids [T] or embeddings [T, H] at positions from `start` on."""
-        kv_by_layer: dict[int, KeysValues] = {}
         positions = torch.arange(start, start + len(inputs), device=inputs.device)
-        segments = (Segment(0, len(inputs), None),)
-        self._run_layers(inputs, positions, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
+        return self.packed_kv(inputs, positions, (Segment(0, len(inputs), None),), context_kv)
+
+    def packed_kv(
+        self, inputs: Tensor, positions_T: Tensor, segments: Sequence[Segment], context_kv: KVByLayer | None
+    ) -> dict[int, KeysValues]:
+        """Keys and values by layer of a packed row, ids [T] or embeddings [T, H], whose roots follow `context_kv`."""
+        kv_by_layer: dict[int, KeysValues] = {}
+        self._run_layers(inputs, positions_T, segments, indivisible=True, shared=context_kv, capture=kv_by_layer)
         return kv_by_layer
 
     def _context_kv(self, prefix: SharedPrefix | None, task: str | None, batch: PackedBatch) -> KVByLayer | None:

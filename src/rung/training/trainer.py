@@ -26,6 +26,7 @@ from rung.files import find_damage
 from rung.methods.protocol import Method, TrainableSet
 from rung.models.layers import layers_of, lowest_trainable_layer
 from rung.models.policy import Policy
+from rung.models.threads import contention_notice
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
 from rung.planning.memory import CPU_DOCUMENT_BYTES, layers_to_recompute
@@ -231,6 +232,8 @@ class Trainer:
                         entry = self._step(window, final_step, movement)
                         stop_reason = self._validate_and_log(validation, entry, final_step)
                     bar.advance(loss=f"{entry['loss']:.4f}", rate=f"{entry['learning_rate']:.1e}")
+                    if notice := contention_notice():
+                        print_status(notice)
                     is_last = self.progress.step == final_step or stop_reason is not None
                     self._save_where_due(stopping(), is_last=is_last)
                 if stop_reason:

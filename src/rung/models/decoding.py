@@ -1,0 +1,272 @@
+"""Decoding in one batch whose places are refilled: a prompt that waits takes the place of an answer that has ended.
+
+A batch that is decoded until its longest answer ends computes ever fewer rows a call, and a call with few rows costs
+nearly as much as one with many. Here all rows end at the same slot of the cache. A prompt that joins is encoded
+without padding, as a packed row beside the others that join, and its keys are copied to the slots before that end;
+whatever its place held before is masked. Its last token goes through the model with the next tokens of the other rows.
+`models/generate.py` calls `Decoder`.
+
+Suffixes: B places of the batch, S slots (masked ones and the row's tokens, without the prefix), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rung.models.base_model import widest_float
+from rung.models.kv_cache import RowCache
+from rung.models.policy import Policy
+from rung.models.tree_attention import KVByLayer
+from rung.planning.memory import PREFILL_TOKENS
+from rung.types import Segment
+
+Callback = Callable[[int], None]
+"""Receives tokens, or numbers of prompts."""
+REFILL_SHARE = 8
+"""Prompts join when one in eight places is free: encoding several at once costs less than one after another."""
+DROP_SHARE = 4
+"""Without prompts that wait, free places are dropped when they are one in four: dropping copies the whole cache."""
+TRIM_SLOTS = 64
+"""Slots that no row sees any more are cut off when there are this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    answers_per_prompt: int = 1
+    """Each prompt is encoded once for all its answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedAnswer:
+    """Generated tokens, without the stop token."""
+
+    ids: list[int]
+    stop: int | None
+    """The stop token that ended the answer; None if the answer was truncated."""
+    logprobs: list[float]
+    """Log-probability in nats of each generated token, including the stop token, under the distribution it was drawn
+    from; for greedy answers under the model at temperature 1."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop token ended the answer."""
+        return self.stop is not None
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """All generated tokens, including the stop token."""
+        return self.ids if self.stop is None else [*self.ids, self.stop]
+
+
+class Request(NamedTuple):
+    """A prompt that waits."""
+
+    prompt: int
+    """Its number."""
+    suffix: Sequence[int]
+    """Its tokens behind the common prefix, at least one."""
+    limit: int
+    """Maximum number of new tokens."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer that is being generated."""
+
+    prompt: int
+    limit: int
+    slots: int
+    """Slots of the cache that are its own: the suffix and the tokens so far, without the last."""
+    last_token: int
+    """The token that predicts the next one."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop: int | None = None
+
+    def add(self, token: int, logprob: float, stop_ids: frozenset[int]) -> bool:
+        """Add a token; return whether the answer goes on."""
+        self.logprobs.append(logprob)
+        if token in stop_ids:
+            self.stop = token
+            return False
+        self.tokens.append(token)
+        self.last_token = token
+        return len(self.tokens) < self.limit
+
+
+@dataclass
+class Decoder:
+    """Answers requests in one batch. `start` is the position of the first suffix token."""
+
+    policy: Policy
+    prefix: KVByLayer | None
+    start: int
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    generator: torch.Generator
+    batch_size: int
+    task: str | None = None
+    on_token: Callback | None = None
+    on_answered: Callback | None = None
+    """Receives the number of prompts whose last answer has just ended."""
+
+    def run(self, requests: Sequence[Request]) -> dict[int, list[GeneratedAnswer]]:
+        """Answers by the number of the prompt."""
+        device = self.policy.device
+        self._places: list[_Row | None] = []
+        self._cache = RowCache()
+        self._mask_BS = torch.zeros(0, 0, dtype=torch.long, device=device)
+        answers: dict[int, list[_Row]] = {request.prompt: [] for request in requests}
+        # long prompts first: the slots that they need are there for those that join later
+        waiting = deque(sorted(requests, key=lambda request: len(request.suffix), reverse=True))
+        while waiting or any(self._places):
+            if count := self._joining(waiting):
+                joining = [waiting.popleft() for _ in range(count)]
+                self._join(joining[::-1], answers)
+            elif not waiting:
+                self._drop_free_places()
+            self._step()
+        return {
+            prompt: [GeneratedAnswer(row.tokens, row.stop, row.logprobs) for row in rows]
+            for prompt, rows in answers.items()
+        }
+
+    def _joining(self, waiting: Sequence[Request]) -> int:
+        """How many of the prompts that wait join the batch now."""
+        if not waiting:
+            return 0
+        per_prompt, active = self.sampling.answers_per_prompt, sum(row is not None for row in self._places)
+        # the prompts in the batch take no more slots than `PREFILL_TOKENS`, which the plan counts
+        slots = max(len(waiting[0].suffix), max((row.slots for row in self._places if row is not None), default=0))
+        places = max(1, min(self.batch_size // per_prompt, PREFILL_TOKENS // slots))
+        free = min(places - -(-active // per_prompt), len(waiting))
+        enough = min(len(waiting), max(1, places // REFILL_SHARE))
+        return max(0, free) if not active or free >= enough else 0
+
+    def _join(self, requests: Sequence[Request], answers: dict[int, list[_Row]]) -> None:
+        """Encode prompts up to their last token and give each of their answers a place."""
+        per_prompt = self.sampling.answers_per_prompt
+        rows = [_Row(r.prompt, r.limit, len(r.suffix) - 1, r.suffix[-1]) for r in requests for _ in range(per_prompt)]
+        for row in rows:
+            answers[row.prompt].append(row)
+        if not any(self._places):
+            self._places, self._cache, self._mask_BS = [], RowCache(), self._mask_BS.new_zeros(0, 0)
+        free = [place for place, row in enumerate(self._places) if row is None]
+        added = max(0, len(rows) - len(free))
+        places = [*free, *range(len(self._places), len(self._places) + added)][: len(rows)]
+        self._places += [None] * added
+        for place, row in zip(places, rows, strict=True):
+            self._places[place] = row
+        old_places, old_slots = self._mask_BS.shape
+        slots = max(old_slots, *(row.slots for row in rows))
+        mask_BS = self._mask_BS.new_zeros(len(self._places), slots)
+        mask_BS[:old_places, slots - old_slots :] = self._mask_BS
+        for place, row in zip(places, rows, strict=True):
+            mask_BS[place] = 0
+            mask_BS[place, slots - row.slots :] = 1
+        self._mask_BS = mask_BS
+        segments, kv_by_layer = self._encode([request.suffix[:-1] for request in requests])
+        targets = [(place, segments[i // per_prompt]) for i, place in enumerate(places)]
+        self._cache.write(kv_by_layer, targets, places=len(self._places), slots=slots)
+
+    def _encode(self, suffixes: Sequence[Sequence[int]]) -> tuple[list[Segment], KVByLayer]:
+        """Keys and values of several texts as one packed row, each behind the prefix."""
+        segments, end = [], 0
+        for suffix in suffixes:
+            segments.append(Segment(end, end + len(suffix), None))
+            end += len(suffix)
+        device = self.policy.device
+        ids = torch.tensor([token for suffix in suffixes for token in suffix], dtype=torch.long, device=device)
+        positions = torch.cat([torch.arange(len(suffix), device=device) for suffix in suffixes]) + self.start
+        filled = tuple(segment for segment in segments if segment.end > segment.start)
+        if not filled:
+            return segments, {}
+        return segments, self.policy.packed_kv(self.policy.embed(ids, self.task), positions, filled, self.prefix)
+
+    def _step(self) -> None:
+        """Choose one token for every row."""
+        device = self.policy.device
+        rows = [row for row in self._places if row is not None]
+        # a free place computes as well: token 0 at position 0, which every model has
+        ids = [0 if row is None else row.last_token for row in self._places]
+        positions = [0 if row is None else self.start + row.slots for row in self._places]
+        for row in rows:
+            row.slots += 1
+        self._mask_BS = torch.cat([self._mask_BS, self._mask_BS.new_ones(len(self._places), 1)], dim=1)
+        out = self.policy.model(
+            input_ids=torch.tensor(ids, device=device)[:, None],
+            position_ids=torch.tensor(positions, device=device)[:, None],
+            past_key_values=self._cache,
+            prefix=self.prefix,
+            attention_mask=self._mask_BS,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV = out.logits[:, -1]
+        if len(rows) < len(self._places):
+            is_active = torch.tensor([row is not None for row in self._places], device=device)
+            logits_BV = logits_BV[is_active]
+        tokens, logprobs = self._choose_tokens(logits_BV)
+        self._record(rows, tokens.tolist(), logprobs.tolist())
+        self._trim()
+
+    def _record(self, rows: Sequence[_Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Add one token to each row; a row that has ended leaves its place."""
+        ended = set()
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            goes_on = row.add(token, logprob, self.stop_ids)
+            if self.on_token is not None and row.stop is None:
+                self.on_token(token)
+            if not goes_on:
+                self._places[self._places.index(row)] = None
+                ended.add(row.prompt)
+        answered = ended - {row.prompt for row in self._places if row is not None}
+        if answered and self.on_answered is not None:
+            self.on_answered(len(answered))
+
+    def _drop_free_places(self) -> None:
+        """Drop free places where they are worth a copy of the cache."""
+        kept = [place for place, row in enumerate(self._places) if row is not None]
+        if (len(self._places) - len(kept)) * DROP_SHARE < len(self._places):
+            return
+        index = torch.tensor(kept, device=self._mask_BS.device)
+        self._cache.batch_select_indices(index)
+        self._mask_BS = self._mask_BS[index]
+        self._places = [self._places[place] for place in kept]
+
+    def _trim(self) -> None:
+        """Cut off the first slots, which belonged to rows that have ended."""
+        unused = self._mask_BS.shape[1] - max((row.slots for row in self._places if row is not None), default=0)
+        if unused >= TRIM_SLOTS:
+            self._mask_BS = self._mask_BS[:, unused:]
+            self._cache.trim(unused)
+
+    def _choose_tokens(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(logits_BV.float() / (self.sampling.temperature or 1.0), dim=-1)
+        tokens = logprobs.argmax(dim=-1) if self.sampling.temperature == 0.0 else self._sample(logprobs)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+    def _sample(self, logprobs_BV: Tensor) -> Tensor:
+        """Sample one token a row by inverting the cumulative distribution.
+
+        It takes one random number a row; `multinomial` draws V of them.
+        """
+        # In float64: sums over a vocabulary in float32 lose the rare tokens.
+        device, dtype = logprobs_BV.device, widest_float(logprobs_BV.device)
+        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=dtype)
+        options: Any = {"generator": self.generator, "dtype": dtype, "device": device}
+        uniform_B = torch.rand(len(logprobs_BV), 1, **options)
+        # The last sum is 1 only up to rounding, so the threshold is scaled by it.
+        threshold_B = uniform_B * cumulative_BV[:, -1:]
+        return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
