@@ -83,7 +83,7 @@ def test_a_place_that_is_filled_again_sees_nothing_of_its_former_row(shape: str,
     assert [a.all_tokens for a in answers] == expected
     for prompt, answer in zip(prompts, answers, strict=True):
         (alone,) = generate(policy_of(model), [prompt], stop_ids=stops, sampling=Sampling(12))
-        assert answer.logprobs == pytest.approx(alone.logprobs, rel=1e-6)  # float32
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
     assert shape == "gpt2" or len({len(ids) for ids in expected}) > 1  # the random GPT-2 repeats one token
 
 
@@ -135,7 +135,9 @@ def test_the_cache_forgets_what_no_row_sees() -> None:
             answers[i],
             generate(policy, [prompt], stop_ids=[], sampling=Sampling(25 if i % 2 else 15))[0],
         )
-        assert answer.ids == alone.ids and answer.logprobs == pytest.approx(alone.logprobs, rel=1e-6)  # float32
+        assert answer.ids == alone.ids and answer.logprobs == pytest.approx(
+            alone.logprobs, abs=2e-6
+        )  # of float32 logits
 
 
 def test_prompts_in_the_batch_fit_into_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
