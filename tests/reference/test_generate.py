@@ -140,6 +140,19 @@ def test_the_cache_forgets_what_no_row_sees() -> None:
         )  # of float32 logits
 
 
+def test_a_short_row_goes_on_after_the_slots_of_a_long_one_were_cut_off() -> None:
+    policy, slots = policy_of(tiny_model(dtype=torch.float64)), []
+    decoder = decoding.Decoder(policy, None, 0, frozenset(), Sampling(25), torch.Generator(), batch_size=2)
+    policy.model.register_forward_hook(
+        lambda m, args, kwargs, out: slots.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        answers = decoder.run([decoding.Request(0, list(range(5, 95)), 3), decoding.Request(1, [7, 8, 9], 25)])
+    assert slots[2] == 92 and slots[3] < 10
+    (alone,) = generate(policy, [[7, 8, 9]], stop_ids=[], sampling=Sampling(25))
+    assert answers[1][0].logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
+
+
 def test_prompts_in_the_batch_fit_into_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 40)
     policy = policy_of(tiny_model())

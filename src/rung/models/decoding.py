@@ -168,10 +168,11 @@ class Decoder:
         self._places += [None] * added
         for place, row in zip(places, rows, strict=True):
             self._places[place] = row
-        old_places, old_slots = self._mask_BS.shape
-        slots = max(old_slots, *(row.slots for row in rows))
+        # longest prompts first, so that whoever joins a batch finds the slots that it needs
+        slots = self._mask_BS.shape[1] if len(self._mask_BS) else max(row.slots for row in rows)
         mask_BS = self._mask_BS.new_zeros(len(self._places), slots)
-        mask_BS[:old_places, slots - old_slots :] = self._mask_BS
+        if len(self._mask_BS):
+            mask_BS[: len(self._mask_BS)] = self._mask_BS
         for place, row in zip(places, rows, strict=True):
             mask_BS[place] = 0
             mask_BS[place, slots - row.slots :] = 1

@@ -48,18 +48,18 @@ class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
     def write(self, states: KeysValues, targets: Sequence[tuple[int, Segment]], *, places: int, slots: int) -> None:
         """Write segments of a packed row [1, K, T, D] to places of the batch: each ends at the last slot.
 
-        Afterwards the layer has this many places and slots; what was there keeps its place, and ends there too.
+        Afterwards the layer has this many places and slots; a layer with rows in it has as many slots before.
         """
-        length = int(self.get_seq_length()) if self.is_initialized else 0
         if not self.is_initialized:
             self.lazy_initialization(*states)
-            self.buffers = [part.new_zeros(0, *part.shape[1:2], 0, part.shape[3]) for part in states]
+            self.buffers = [part.new_empty(0, part.shape[1], 0, part.shape[3]) for part in states]
         for i, part in enumerate(states):
             old = self.buffers[i]
-            if old.shape[0] < places or old.shape[2] < slots or length < slots:
+            if old.shape[0] < places:
                 # zeros: a masked slot has no weight, but no weight times what is not a number is not a number
                 self.buffers[i] = part.new_zeros(places, part.shape[1], slots + GROWTH_SLOTS, part.shape[3])
-                self.buffers[i][: old.shape[0], :, slots - length : slots] = old[:, :, :length]
+                if len(old):
+                    self.buffers[i][: len(old), :, :slots] = old[:, :, :slots]
             for place, segment in targets:
                 first = slots - (segment.end - segment.start)
                 self.buffers[i][place, :, first:slots] = part[0, :, segment.start : segment.end]
