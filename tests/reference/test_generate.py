@@ -165,6 +165,23 @@ def test_prompts_in_the_batch_fit_into_the_planned_memory(monkeypatch: pytest.Mo
     assert [a.ids for a in together] == alone
 
 
+def test_places_are_added_to_rows_that_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three places beside a prompt of 20 tokens; when its answer has ended, five of at most 12 fit."""
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 64)
+    policy, rows = policy_of(tiny_model(dtype=torch.float64)), []
+    decoder = decoding.Decoder(policy, None, 0, frozenset(), Sampling(20), torch.Generator(), batch_size=8)
+    policy.model.register_forward_hook(
+        lambda m, args, kwargs, out: rows.append(len(kwargs["attention_mask"])), with_kwargs=True
+    )
+    prompts = [list(range(5 + 9 * i, 5 + 9 * i + length)) for i, length in enumerate((20, 10, 9, 8, 7))]
+    with torch.no_grad():
+        answers = decoder.run([decoding.Request(i, p, 20 if i else 2) for i, p in enumerate(prompts)])
+    assert rows[:3] == [3, 3, 4]
+    for i, prompt in enumerate(prompts):
+        (alone,) = generate(policy, [prompt], stop_ids=[], sampling=Sampling(20 if i else 2))
+        assert answers[i][0].logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
+
+
 def test_answered_prompts_are_counted_once() -> None:
     counted: list[int] = []
     options = {"stop_ids": [], "sampling": Sampling(3, 1.0, 0, 2), "batch_size": 4, "on_batch": counted.append}
