@@ -182,6 +182,19 @@ def test_places_are_added_to_rows_that_are_under_way(monkeypatch: pytest.MonkeyP
         assert answers[i][0].logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
 
 
+def test_prompts_are_encoded_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, encoded = policy_of(tiny_model()), []
+    prompts = [list(range(5 + 9 * i, 5 + 9 * i + length)) for i, length in enumerate((8, 1, 9, 13, 30, 2, 5))]
+    at_once = generate(policy, prompts, stop_ids=[], sampling=Sampling(4, 1.0, 0, 2))
+    monkeypatch.setattr(decoding, "ENCODE_TOKENS", 14)
+    packed_kv = policy.packed_kv
+    monkeypatch.setattr(policy, "packed_kv", lambda ids, *rest: encoded.append(len(ids)) or packed_kv(ids, *rest))
+    in_parts = generate(policy, prompts, stop_ids=[], sampling=Sampling(4, 1.0, 0, 2))
+    assert encoded == [0 + 1 + 4 + 7, 8, 12, 29]  # without last tokens; one text is never divided
+    for a, b in zip(at_once, in_parts, strict=True):
+        assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=2e-6)  # of float32 logits
+
+
 def test_answered_prompts_are_counted_once() -> None:
     counted: list[int] = []
     options = {"stop_ids": [], "sampling": Sampling(3, 1.0, 0, 2), "batch_size": 4, "on_batch": counted.append}

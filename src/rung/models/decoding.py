@@ -12,8 +12,9 @@ Suffixes: B places of the batch, S slots (masked ones and the row's tokens, with
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ REFILL_SHARE = 8
 """Prompts join when one in eight places is free: encoding several at once costs less than one after another."""
 DROP_SHARE = 4
 """Without prompts that wait, free places are dropped when they are one in four: dropping copies the whole cache."""
+ENCODE_TOKENS = 2_048
+"""Tokens of prompts that are encoded at once: more are no faster on a processor, and take memory."""
 TRIM_SLOTS = 64
 """Slots that no row sees any more are cut off when there are this many."""
 
@@ -177,22 +180,25 @@ class Decoder:
             mask_BS[place] = 0
             mask_BS[place, slots - row.slots :] = 1
         self._mask_BS = mask_BS
-        segments, kv_by_layer = self._encode([request.suffix[:-1] for request in requests])
-        targets = [(place, segments[i // per_prompt]) for i, place in enumerate(places)]
-        self._cache.write(kv_by_layer, targets, places=len(self._places), slots=slots)
+        suffixes = [request.suffix[:-1] for request in requests]
+        for part in _parts([len(suffix) for suffix in suffixes]):
+            segments, kv_by_layer = self._encode(suffixes[part])
+            targets = [
+                (place, segments[i // per_prompt])
+                for i, place in enumerate(places[part.start * per_prompt : part.stop * per_prompt])
+            ]
+            self._cache.write(kv_by_layer, targets, places=len(self._places), slots=slots)
 
     def _encode(self, suffixes: Sequence[Sequence[int]]) -> tuple[list[Segment], KVByLayer]:
         """Keys and values of several texts as one packed row, each behind the prefix."""
-        segments, end = [], 0
-        for suffix in suffixes:
-            segments.append(Segment(end, end + len(suffix), None))
-            end += len(suffix)
-        device = self.policy.device
-        ids = torch.tensor([token for suffix in suffixes for token in suffix], dtype=torch.long, device=device)
-        positions = torch.cat([torch.arange(len(suffix), device=device) for suffix in suffixes]) + self.start
-        filled = tuple(segment for segment in segments if segment.end > segment.start)
-        if not filled:
+        device, lengths = self.policy.device, [len(suffix) for suffix in suffixes]
+        ends = list(accumulate(lengths))
+        segments = [Segment(end - length, end, None) for end, length in zip(ends, lengths, strict=True)]
+        if not ends[-1]:
             return segments, {}
+        ids = torch.tensor([token for suffix in suffixes for token in suffix], device=device)
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths]) + self.start
+        filled = tuple(segment for segment in segments if segment.end > segment.start)
         return segments, self.policy.packed_kv(self.policy.embed(ids, self.task), positions, filled, self.prefix)
 
     def _step(self) -> None:
@@ -271,3 +277,14 @@ class Decoder:
         # The last sum is 1 only up to rounding, so the threshold is scaled by it.
         threshold_B = uniform_B * cumulative_BV[:, -1:]
         return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
+
+
+def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+    """Adjacent texts of together at most `ENCODE_TOKENS` tokens, at least one each."""
+    start, total = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > ENCODE_TOKENS:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    yield slice(start, len(lengths))
