@@ -90,10 +90,11 @@ def print_status(text: str) -> None:
 
 
 class ProgressBar:
-    """A progress bar on a terminal; elsewhere one line per tenth of the total."""
+    """A progress bar on a terminal; elsewhere one line per tenth of the total. Both show the time to go."""
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
+        self._done_before, self._started = done, time.monotonic()
         self._live = console.is_terminal
         title_column, numbers = (TextColumn(f"{{task.{x}}}", markup=False) for x in ("description", "fields[numbers]"))
         columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), numbers)
@@ -116,7 +117,17 @@ class ProgressBar:
         # 1: totals below ten print a line at every step
         tenth = max(1, self.total // 10)
         if not self._live and (self.done // tenth > previous // tenth or self.done == self.total):
-            print_status(f"{self.title} {self.done}/{self.total}  {text}".rstrip())
+            print_status("  ".join(filter(None, (f"{self.title} {self.done}/{self.total}", text, self._time_to_go()))))
+
+    def _time_to_go(self) -> str:
+        """At the mean speed since the bar began; empty where that says nothing."""
+        advanced, remaining = self.done - self._done_before, self.total - self.done
+        if advanced <= 0 or remaining <= 0:
+            return ""
+        seconds = (time.monotonic() - self._started) * remaining / advanced
+        if seconds < 1.0:
+            return ""
+        return f"{seconds:.0f} s to go" if seconds < 100 else f"{seconds / 60:.0f} min to go"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside, log, process, start
+from rung.models import threads
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -55,6 +56,18 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
     saved = json.loads((run / "adapter" / "generation_config.json").read_text())
     # <|im_end|>, then the tokenizer's own end of text
     assert saved["eos_token_id"] == [4, 2]
+
+
+def test_a_run_says_once_that_other_processes_need_the_processors(
+    config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = threads.ContentionWatch(None)  # type: ignore[arg-type]
+    watch.shared_seconds = threads.NOTICE_SECONDS
+    monkeypatch.setattr(threads, "_watch", watch)
+    monkeypatch.setattr(threads, "adapt_threads", lambda: None)
+    monkeypatch.setattr(threads, "_notice_given", False)
+    code, _, err = inside(capsys, "train", config)
+    assert code == 0 and err.count("other processes compute on this machine's processors") == 1
 
 
 def test_short_run_says_that_movement_was_not_reached(config: Path, tmp_path: Path, capsys: Any) -> None:

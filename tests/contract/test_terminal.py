@@ -123,6 +123,23 @@ def test_status_lines_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_shown(buffer.getvalue(), own_colors=is_terminal)
 
 
+def test_lines_without_a_terminal_show_the_time_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run counts from where it resumed."""
+    buffer, now = io.StringIO(), [100.0]
+    monkeypatch.setattr(terminal, "console", Console(file=buffer, force_terminal=False, width=200, highlight=False))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with ProgressBar("train", 40, 20) as bar:
+        for seconds, steps in ((30.0, 4), (30.0, 4), (1.0, 11), (1.0, 1)):
+            now[0] += seconds
+            bar.advance(steps, loss="1.5")
+    assert buffer.getvalue().splitlines() == [
+        "train 24/40  loss 1.5  2 min to go",
+        "train 28/40  loss 1.5  90 s to go",
+        "train 39/40  loss 1.5  3 s to go",
+        "train 40/40  loss 1.5",
+    ]
+
+
 def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise DataError(ALL, where=ALL, given=ALL, allowed=ALL, hint=ALL)
