@@ -96,19 +96,26 @@ class IdleTeam:
         self._owner.join()
 
 
-class ContentionWatch(threading.Thread):
+class ContentionWatch:
     """Lets the threads of torch sleep while other processes need the processors, and spin otherwise."""
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
-        super().__init__(name="rung-contention-watch", daemon=True)
         self._libgomp = libgomp
+        self._thread = threading.Thread(target=self._measure, name="rung-contention-watch", daemon=True)
         self._idle_team: IdleTeam | None = None
         self._recent: deque[float] = deque(maxlen=SPIN_AFTER)
         self.shared_seconds = 0
         """Measurements in a row in which threads had to sleep."""
 
-    def run(self) -> None:
-        """Measure until the process ends."""
+    def start(self) -> None:
+        """Measure from now on until the process ends."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether it measures; after a fork it does not."""
+        return self._thread.is_alive()
+
+    def _measure(self) -> None:
         waited, at = seconds_waited(), time.monotonic()
         while True:
             time.sleep(WATCH_SECONDS)
