@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rung.models.base_model import widest_float
-from rung.models.kv_cache import RowCache
+from rung.models.kv_cache import new_cache, trim_cache, write_rows
 from rung.models.policy import Policy
 from rung.models.tree_attention import KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
@@ -128,7 +128,7 @@ class Decoder:
         """Answers by the number of the prompt."""
         device = self.policy.device
         self._places: list[_Row | None] = []
-        self._cache = RowCache()
+        self._cache = new_cache()
         self._mask_BS = torch.zeros(0, 0, dtype=torch.long, device=device)
         answers: dict[int, list[_Row]] = {request.prompt: [] for request in requests}
         # long prompts first: the slots that they need are there for those that join later
@@ -164,7 +164,7 @@ class Decoder:
         for row in rows:
             answers[row.prompt].append(row)
         if not any(self._places):
-            self._places, self._cache, self._mask_BS = [], RowCache(), self._mask_BS.new_zeros(0, 0)
+            self._places, self._cache, self._mask_BS = [], new_cache(), self._mask_BS.new_zeros(0, 0)
         free = [place for place, row in enumerate(self._places) if row is None]
         added = max(0, len(rows) - len(free))
         places = [*free, *range(len(self._places), len(self._places) + added)][: len(rows)]
@@ -187,7 +187,7 @@ class Decoder:
                 (place, segments[i // per_prompt])
                 for i, place in enumerate(places[part.start * per_prompt : part.stop * per_prompt])
             ]
-            self._cache.write(kv_by_layer, targets, places=len(self._places), slots=slots)
+            write_rows(self._cache, kv_by_layer, targets, places=len(self._places), slots=slots)
 
     def _encode(self, suffixes: Sequence[Sequence[int]]) -> tuple[list[Segment], KVByLayer]:
         """Keys and values of several texts as one packed row, each behind the prefix."""
@@ -257,7 +257,7 @@ class Decoder:
         unused = self._mask_BS.shape[1] - max((row.slots for row in self._places if row is not None), default=0)
         if unused >= TRIM_SLOTS:
             self._mask_BS = self._mask_BS[:, unused:]
-            self._cache.trim(unused)
+            trim_cache(self._cache, unused)
 
     def _choose_tokens(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits_BV.float() / (self.sampling.temperature or 1.0), dim=-1)

@@ -83,25 +83,27 @@ class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
-class RowCache(Cache):  # type: ignore[misc]
-    """The cache of a batch of rows that join and leave, all of which end at the same slot."""
+def new_cache() -> Cache:
+    """An empty cache of growing layers, for rows that join and leave and all end at the same slot."""
+    return Cache(layer_class_to_replicate=GrowingCacheLayer)
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingCacheLayer)
 
-    def write(self, kv_by_layer: KVByLayer, targets: Sequence[tuple[int, Segment]], *, places: int, slots: int) -> None:
-        """`GrowingCacheLayer.write` in every layer; without keys it only makes room."""
-        if not kv_by_layer:
-            kv_by_layer = {i: (layer.keys[:1, :, :0], layer.values[:1, :, :0]) for i, layer in enumerate(self.layers)}
-        for layer, states in sorted(kv_by_layer.items()):
-            while len(self.layers) <= layer:
-                self.layers.append(GrowingCacheLayer())
-            self.layers[layer].write(states, targets, places=places, slots=slots)
+def write_rows(
+    cache: Cache, kv_by_layer: KVByLayer, targets: Sequence[tuple[int, Segment]], *, places: int, slots: int
+) -> None:
+    """`GrowingCacheLayer.write` in every layer; without keys it only makes room."""
+    if not kv_by_layer:
+        kv_by_layer = {i: (layer.keys[:1, :, :0], layer.values[:1, :, :0]) for i, layer in enumerate(cache.layers)}
+    for layer, states in sorted(kv_by_layer.items()):
+        while len(cache.layers) <= layer:
+            cache.layers.append(GrowingCacheLayer())
+        cache.layers[layer].write(states, targets, places=places, slots=slots)
 
-    def trim(self, count: int) -> None:
-        """Forget the first slots of every layer."""
-        for layer in self.layers:
-            layer.trim(count)
+
+def trim_cache(cache: Cache, count: int) -> None:
+    """Forget the first slots of every layer."""
+    for layer in cache.layers:
+        layer.trim(count)
 
 
 def attend_one_token(
