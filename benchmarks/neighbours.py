@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def cases(bench: Bench, works: Sequence[str]) -> list[Case]:
         "Rung, waiting of torch": replace(bench.sides, env={**bench.sides.env, **TORCH_WAITING}),
     }
     found = []
+    if not (bench.folder / "a/train.yaml").exists():  # another run trains it too
+        bench.prepare(bench.work("a"), bench.folder / "a")
     for key in works:
         if key == "generate":
             rows = bench.folder / "prompts.jsonl"
@@ -105,8 +108,10 @@ def beside(neighbours: str, bench: Bench) -> Iterator[None]:
     else:
         commands = [list(BUSY)] * {"alone": 0, "1 busy": 1, "2 busy": 2}[neighbours]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [subprocess.Popen(c, env=bench.sides.env, cwd=ROOT, **quiet) for c in commands]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for command in commands:
+            processes.append(subprocess.Popen(command, env=bench.sides.env, cwd=ROOT, **quiet))
         time.sleep(15 if neighbours == "another run" else 1)  # until it computes
         if any(process.poll() is not None for process in processes):
             raise RunError(f"the neighbour has ended: {commands}")
@@ -129,7 +134,7 @@ def table(store: Store) -> list[str]:
                 alone = store.one(kind="speed", work=work, side=side, neighbours="alone", pair=entry["pair"])
                 speeds.append(entry["speed"])
                 shares += [entry["speed"] / alone["speed"]] if alone else []
-            share = "" if neighbours == "alone" or not shares else f" = {_spread(shares, '.0%')}"
+            share = "" if neighbours == "alone" or not shares else f": {_spread(shares, '.0%')}"
             cells.append(f"{_spread(speeds, '.3g')}{share}" if speeds else "")
         lines.append(f"| {WORKS[work]} | {side} | {' | '.join(cells)} |")
     return lines
@@ -157,7 +162,9 @@ def alone_cost(store: Store) -> list[str]:
 
 def text(store: Store, machine: Mapping[str, object], arguments: Sequence[str]) -> str:
     """The section of RESULTS.md."""
-    command = " ".join([".venv/bin/python -m benchmarks.neighbours", *arguments])
+    command = shlex.join(
+        [".venv/bin/python", "-m", "benchmarks.neighbours", *(a for a in arguments if a != "--resume")]
+    )
     name = machine_class(machine["instructions"])  # type: ignore[arg-type]
     return "\n".join(
         [
@@ -166,8 +173,8 @@ def text(store: Store, machine: Mapping[str, object], arguments: Sequence[str]) 
             f"```\n{command}\n```",
             "",
             f"- {machine['processor']}, {machine['cores']} cores; {date.today()}",
-            "- tokens/s (answers a minute with loading for `rung generate`): median and range; after the sign of "
-            "equality the share of the same side's speed alone",
+            "- tokens/s (`rung generate`: answers a minute, loading included), median and range; then the share of the "
+            "same side's speed alone",
             "",
             *table(store),
             "",
@@ -189,13 +196,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/.results/neighbours")
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = parser.parse_args(given)
+    works, neighbours = asked.only.split(","), asked.beside.split(",")
+    if unknown := [*(set(works) - WORKS.keys()), *(set(neighbours) - set(NEIGHBOURS))]:
+        parser.error(f"there is no {unknown[0]!r}: {', '.join(WORKS)}; {', '.join(NEIGHBOURS)}")
     settings = [name for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS") if os.environ.get(name)]
     if settings:
         parser.error(f"unset {', '.join(settings)}: it replaces what is measured")
     try:
         store = Store.open(asked.work / "measured.jsonl", {}, resume=asked.resume)
         bench = Bench(asked.work, store, sides_of(asked.work), asked.pairs, quick=False, rows=None)
-        measure(bench, asked.only.split(","), asked.beside.split(","), asked.pairs, asked.peer_pairs)
+        measure(bench, works, neighbours, asked.pairs, asked.peer_pairs)
     except (RunError, ValueError, OSError) as error:
         console.print(f"neighbours: {error}", markup=False, style="red")
         return 2

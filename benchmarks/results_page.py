@@ -27,9 +27,16 @@ def machine_class(instructions: list[str]) -> str:
 
 
 def replace_section(name: str, text: str, page: Path = RESULTS, head: str | None = None) -> None:
-    """Write a section, and what stands before all sections where `head` is given."""
+    """Write a section, and what stands before all sections where `head` is given.
+
+    Raises `ValueError` for a name that is not one of `SECTIONS`, and for a page with text that would be lost.
+    """
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     sections = {match["name"]: match["text"] for match in _SECTION.finditer(old)}
+    if unknown := {name, *sections} - set(SECTIONS):
+        raise ValueError(f"{page}: no such section: {', '.join(sorted(unknown))}")
+    if "<!--" in (rest := _SECTION.sub("", old)) or rest.strip() != old.partition("<!--")[0].strip():
+        raise ValueError(f"{page}: text between or after the sections, or a section without its end")
     sections[name] = text.strip()
     parts = [old.partition("<!--")[0].strip() if head is None else head.strip()]
     parts += [f"<!-- {n} -->\n{sections[n]}\n<!-- end of {n} -->" for n in SECTIONS if n in sections]

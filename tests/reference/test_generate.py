@@ -182,6 +182,20 @@ def test_places_are_added_to_rows_that_are_under_way(monkeypatch: pytest.MonkeyP
         assert answers[i][0].logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
 
 
+def test_few_free_places_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while prompts wait that find no room: `PREFILL_TOKENS` allows five prompts of ten tokens."""
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 50)
+    policy, rows = policy_of(tiny_model()), []
+    decoder = decoding.Decoder(policy, None, 0, frozenset(), Sampling(40), torch.Generator(), batch_size=16)
+    policy.model.register_forward_hook(
+        lambda m, args, kwargs, out: rows.append(len(kwargs["attention_mask"])), with_kwargs=True
+    )
+    limits = [1 + 37 * i % 40 for i in range(50)]
+    with torch.no_grad():
+        decoder.run([decoding.Request(i, [5] * 10, limit) for i, limit in enumerate(limits)])
+    assert max(rows) == 5 and sum(limits) > 0.9 * sum(rows)
+
+
 def test_prompts_are_encoded_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, encoded = policy_of(tiny_model()), []
     prompts = [list(range(5 + 9 * i, 5 + 9 * i + length)) for i, length in enumerate((8, 1, 9, 13, 30, 2, 5))]

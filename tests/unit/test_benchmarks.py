@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.flops import Document, Trained, step_flops
+from benchmarks.results_page import RESULTS, replace_section
 from benchmarks.rows import make_pairs, read_pairs
 from benchmarks.runner import Store
 from benchmarks.sides import speed, weights
@@ -104,3 +105,27 @@ def test_thirteen_rules_are_judged_together() -> None:
     assert rows[1][2:4] == ["0.0077", "0.092"]
     worse = Estimate(mean=-0.2, low=-0.3, high=-0.1, p_value=0.001)
     assert judge_rules(["a rule"], [worse])[0][-1] == "does not hold"
+
+
+def test_a_section_of_the_results_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    replace_section("planned memory", "plan", page, head="# Head")
+    replace_section("bench AVX2", "one", page)
+    replace_section("bench AVX-512", "two", page)
+    replace_section("bench AVX2", "three", page)
+    parts = [f"<!-- {n} -->\n{t}\n<!-- end of {n} -->" for n, t in SECTION_TEXTS.items()]
+    assert page.read_text() == "\n\n".join(["# Head", *parts]) + "\n"
+    for text in ("\nafterwards", "\n<!-- bench AVX2 -->\nwithout end", "\n<!-- other -->\nx\n<!-- end of other -->\n"):
+        damaged = tmp_path / "damaged.md"
+        damaged.write_text(page.read_text() + text)
+        with pytest.raises(ValueError, match=r"damaged\.md"):
+            replace_section("bench AVX2", "four", damaged)
+        assert text.strip() in damaged.read_text()
+    committed = tmp_path / "committed.md"
+    committed.write_text(RESULTS.read_text())
+    replace_section("bench AVX2", "six", committed)
+    with pytest.raises(ValueError, match="no such section: bench"):
+        replace_section("bench", "five", page)
+
+
+SECTION_TEXTS = {"bench AVX-512": "two", "bench AVX2": "three", "planned memory": "plan"}

@@ -8,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-import joblib
 import pytest
 import torch
 
@@ -24,7 +23,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     before = torch.get_num_threads()
     for name in (*VARIABLES, "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(threads, "cpu_count", lambda: 2)
     torch.set_num_threads(4)
     yield monkeypatch
     torch.set_num_threads(before)
@@ -56,9 +55,11 @@ def test_processes_of_torchrun_divide_the_processors(
     """torchrun gives each process one thread where OMP_NUM_THREADS is not set; its own environment tells."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"OMP_NUM_THREADS": "4"} if set_by_user else {}
-    launcher = subprocess.Popen([sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE)
+    code, pipes = "print(flush=True); input()", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)  # type: ignore[call-overload]
+    launcher.stdout.readline()  # before it has started, its environment is this one's
     processors.setattr(os, "getppid", lambda: launcher.pid)
-    processors.setattr(joblib, "cpu_count", lambda: 12)
+    processors.setattr(threads, "cpu_count", lambda: 12)
     for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "1")):
         processors.setenv(name, value)
     set_thread_count()
@@ -178,6 +179,34 @@ def test_the_users_way_of_waiting_stays(monkeypatch: pytest.MonkeyPatch, name: s
     assert threads._libgomp() is not None
     monkeypatch.setenv(name, "300000" if name == "GOMP_SPINCOUNT" else "active")
     assert threads._libgomp() is None
+
+
+def test_the_watch_ends_with_its_team(watch: ContentionWatch) -> None:
+    watch.start()
+    watch.update(0.7)
+    assert watch.is_alive() and Team.running == 1
+    watch.stop()
+    assert not watch.is_alive() and Team.running == 0
+
+
+def test_a_path_with_spaces_and_a_library_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    opened: list[str] = []
+
+    def open_library(path: str) -> str:
+        opened.append(path)
+        if "deleted" in path:
+            raise OSError(path)
+        return path
+
+    maps = "7f0-7f1 r-xp 0 08:01 5  {}\n"
+    texts = {path: maps.format(path) for path in ("/a b/lib/libgomp.so.1", "/c/libgomp.so.1 (deleted)")}
+    monkeypatch.setattr(threads.ctypes, "CDLL", open_library)
+    monkeypatch.setattr(threads.Path, "read_text", lambda self: "".join(texts.values()))
+    assert threads._libgomp() == "/a b/lib/libgomp.so.1"
+    del texts["/a b/lib/libgomp.so.1"]
+    assert threads._libgomp() is None and opened[-1] == "/c/libgomp.so.1 (deleted)"
 
 
 def test_a_shared_machine_is_told_once_and_not_at_its_first_second(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rung.models.base_model import widest_float
 from rung.models.kv_cache import new_cache, trim_cache, write_rows
-from rung.models.policy import Policy
+from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
 from rung.types import Segment
@@ -32,7 +32,7 @@ Callback = Callable[[int], None]
 REFILL_SHARE = 8
 """Prompts join when one in eight places is free: encoding several at once costs less than one after another."""
 DROP_SHARE = 4
-"""Without prompts that wait, free places are dropped when they are one in four: dropping copies the whole cache."""
+"""Places that nobody takes are dropped when one in four is free: dropping copies the whole cache."""
 ENCODE_TOKENS = 2_048
 """Tokens of prompts that are encoded at once: more are no faster on a processor, and take memory."""
 TRIM_SLOTS = 64
@@ -89,8 +89,10 @@ class _Row:
 
     prompt: int
     limit: int
+    prompt_slots: int
+    """Slots of the cache that its prompt takes."""
     slots: int
-    """Slots of the cache that are its own: the suffix and the tokens so far, without the last."""
+    """Slots that are its own: the prompt and the tokens so far, without the last."""
     last_token: int
     """The token that predicts the next one."""
     tokens: list[int] = field(default_factory=list)
@@ -137,7 +139,7 @@ class Decoder:
             if count := self._joining(waiting):
                 joining = [waiting.popleft() for _ in range(count)]
                 self._join(joining[::-1], answers)
-            elif not waiting:
+            else:
                 self._drop_free_places()
             self._step()
         return {
@@ -151,7 +153,8 @@ class Decoder:
             return 0
         per_prompt, active = self.sampling.answers_per_prompt, sum(row is not None for row in self._places)
         # the prompts in the batch take no more slots than `PREFILL_TOKENS`, which the plan counts
-        slots = max(len(waiting[0].suffix), max((row.slots for row in self._places if row is not None), default=0))
+        prompts = [row.prompt_slots for row in self._places if row is not None]
+        slots = max([len(waiting[0].suffix), *prompts])
         places = max(1, min(self.batch_size // per_prompt, PREFILL_TOKENS // slots))
         free = min(places - -(-active // per_prompt), len(waiting))
         enough = min(len(waiting), max(1, places // REFILL_SHARE))
@@ -160,7 +163,11 @@ class Decoder:
     def _join(self, requests: Sequence[Request], answers: dict[int, list[_Row]]) -> None:
         """Encode prompts up to their last token and give each of their answers a place."""
         per_prompt = self.sampling.answers_per_prompt
-        rows = [_Row(r.prompt, r.limit, len(r.suffix) - 1, r.suffix[-1]) for r in requests for _ in range(per_prompt)]
+        rows = [
+            _Row(r.prompt, r.limit, len(r.suffix), len(r.suffix) - 1, r.suffix[-1])
+            for r in requests
+            for _ in range(per_prompt)
+        ]
         for row in rows:
             answers[row.prompt].append(row)
         if not any(self._places):
@@ -211,8 +218,10 @@ class Decoder:
         for row in rows:
             row.slots += 1
         self._mask_BS = torch.cat([self._mask_BS, self._mask_BS.new_ones(len(self._places), 1)], dim=1)
+        # embedded by the policy: the last token of a prompt may be a virtual one
+        inputs = self.policy.embed(torch.tensor(ids, device=device)[:, None], self.task)
         out = self.policy.model(
-            input_ids=torch.tensor(ids, device=device)[:, None],
+            **model_inputs(inputs),
             position_ids=torch.tensor(positions, device=device)[:, None],
             past_key_values=self._cache,
             prefix=self.prefix,

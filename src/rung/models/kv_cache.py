@@ -62,6 +62,7 @@ class GrowingCacheLayer(DynamicLayer):  # type: ignore[misc]
                     self.buffers[i][: len(old), :, :slots] = old[:, :, :slots]
             for place, segment in targets:
                 first = slots - (segment.end - segment.start)
+                self.buffers[i][place, :, :first] = 0.0
                 self.buffers[i][place, :, first:slots] = part[0, :, segment.start : segment.end]
         self._show(slots)
 

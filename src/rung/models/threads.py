@@ -3,7 +3,7 @@
 torch divides each operation among its threads with GNU's OpenMP library, libgomp. A thread that has finished its share
 spins for about 3 ms before it sleeps. On a machine of its own that is right: sleeping at once costs 20 to 30 % of the
 training speed (docs/log.md). Beside another process it is wrong: the spinning thread holds the processor that its
-delayed partner could use, and training falls to a fifth to a third of its speed alone.
+delayed partner could use, and training falls to 28 % of its speed alone.
 
 Neither behaviour can be chosen once for a machine on which other programs come and go, and libgomp reads its settings
 only when it is loaded. But it also decides at every wait: where a process has more OpenMP threads than processors, a
@@ -17,6 +17,7 @@ GOMP_SPINCOUNT) switches off the part that it replaces.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -25,8 +26,8 @@ from collections import deque
 from pathlib import Path
 from statistics import mean
 
-import joblib
 import torch
+from joblib.externals.loky import cpu_count
 
 WATCH_SECONDS = 1.0
 """Seconds between two measurements."""
@@ -50,7 +51,7 @@ def set_thread_count() -> None:
     torch knows the mask alone: with a quota of 2 processors on a machine of 64 it would start 64 threads. Under
     torchrun, which gives every process one thread, the processes divide the processors.
     """
-    processors = joblib.cpu_count()
+    processors = cpu_count()
     if _torchrun_chose_threads():
         torch.set_num_threads(max(1, processors // int(os.environ["LOCAL_WORLD_SIZE"])))
     elif not any(os.environ.get(name) for name in THREAD_VARIABLES) and processors < torch.get_num_threads():
@@ -101,6 +102,7 @@ class ContentionWatch:
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
         self._libgomp = libgomp
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._measure, name="rung-contention-watch", daemon=True)
         self._idle_team: IdleTeam | None = None
         self._recent: deque[float] = deque(maxlen=SPIN_AFTER)
@@ -110,6 +112,17 @@ class ContentionWatch:
     def start(self) -> None:
         """Measure from now on until the process ends."""
         self._thread.start()
+        # a thread that the interpreter ends inside torch aborts the process
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the watch and its team."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._idle_team is not None:
+            self._idle_team.release()
+            self._idle_team = None
 
     def is_alive(self) -> bool:
         """Whether it measures; after a fork it does not."""
@@ -117,11 +130,11 @@ class ContentionWatch:
 
     def _measure(self) -> None:
         waited, at = seconds_waited(), time.monotonic()
-        while True:
-            time.sleep(WATCH_SECONDS)
+        while not self._ended.wait(WATCH_SECONDS):
             waited_before, before = waited, at
             waited, at = seconds_waited(), time.monotonic()
-            self.update((waited - waited_before) / (at - before))
+            # a thread that has ended takes its waiting with it
+            self.update(max(0.0, waited - waited_before) / (at - before))
 
     def update(self, waiting: float) -> None:
         """Take in a measurement: seconds that threads waited for a processor, per second."""
@@ -174,8 +187,13 @@ def _libgomp() -> ctypes.CDLL | None:
     """The OpenMP library that torch uses, if it is libgomp and neither the user nor the kernel prevents the watch."""
     if any(os.environ.get(name) for name in WAIT_VARIABLES) or not Path("/proc/self/schedstat").exists():
         return None
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    # the path is the sixth field, and may hold spaces
+    mapped = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}
     torch_folder = str(Path(torch.__file__).parent)
     for path in sorted(mapped, key=lambda path: not path.startswith(torch_folder)):
-        return ctypes.CDLL(path)  # the library in memory, not another copy
+        try:
+            return ctypes.CDLL(path)  # the library in memory, not another copy
+        except OSError:  # replaced on disk since it was loaded
+            continue
     return None
