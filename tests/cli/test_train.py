@@ -62,7 +62,7 @@ def test_a_run_says_once_that_other_processes_need_the_processors(
     config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = threads.ContentionWatch(None)  # type: ignore[arg-type]
-    watch.shared_seconds = threads.NOTICE_SECONDS
+    watch.shared_measurements = threads.NOTICE_SECONDS
     monkeypatch.setattr(threads, "_watch", watch)
     monkeypatch.setattr(threads, "adapt_threads", lambda: None)
     monkeypatch.setattr(threads, "_notice_given", False)

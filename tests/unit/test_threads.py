@@ -67,6 +67,16 @@ def test_processes_of_torchrun_divide_the_processors(
     assert torch.get_num_threads() == expected
 
 
+def test_a_later_call_leaves_the_number_of_threads_alone(processors: pytest.MonkeyPatch) -> None:
+    processors.setattr(threads, "_libgomp", lambda: None)
+    processors.setattr(threads, "_count_set", False)
+    threads.adapt_threads()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(3)
+    threads.adapt_threads()
+    assert torch.get_num_threads() == 3
+
+
 IDLE_TEAM = """
     import ctypes, os, time, torch
     from rung.models.threads import IdleTeam, _libgomp

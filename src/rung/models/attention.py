@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -27,7 +26,6 @@ from rung.models.tree_attention import (
     KVByLayer,
     attend,
     attend_tree,
-    concatenate_kv,
     path_mask,
 )
 from rung.types import Segment
@@ -86,16 +84,14 @@ def _decode(
     if length == 1:
         visible = None if mask is None else mask[:, 0, 0].expand(len(query), -1)
         return attend_one_token(query[:, :, 0], prefix, key, value, visible, params)[:, None]
-    # The kernel's causal flag can express neither a window nor a prefix, so these need an explicit mask.
-    if mask is None and (params.window is not None or prefix is not None):
+    if prefix is not None:
+        raise ValueError("a prefix that all rows share is read by one new token a row")
+    # The kernel's causal flag cannot express a window, so this needs an explicit mask.
+    if mask is None and params.window is not None:
         mask = path_mask(0, length, params.window, query.device)[None, None]
     if mask is not None:
         # A padding position has no visible key. Its softmax would be NaN, and NaN times a zero weight stays NaN.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
-    if prefix is not None and mask is not None:
-        prefix_key, prefix_value = (part.expand(len(query), -1, -1, -1) for part in prefix)
-        key, value = concatenate_kv((prefix_key, prefix_value), (key, value))
-        mask = torch.cat([mask.new_ones(*mask.shape[:3], prefix_key.shape[2]), mask], dim=3)
     groups = query.shape[1] // key.shape[1]
     out = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, params)
     return out.transpose(1, 2).contiguous()

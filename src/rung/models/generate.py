@@ -141,10 +141,7 @@ def _encode_prefix(policy: Policy, ids: Sequence[int], task: str | None) -> KVBy
     if not ids:
         return virtual
     row = policy.embed(torch.tensor(list(ids), device=policy.device), task)
-    kv_by_layer = policy.prefix_kv(row, policy.method.virtual_tokens, virtual)
-    if virtual is None:
-        return kv_by_layer
-    return {layer: concatenate_kv(virtual[layer], kv) for layer, kv in kv_by_layer.items()}
+    return concatenate_kv(virtual, policy.prefix_kv(row, policy.method.virtual_tokens, virtual))
 
 
 def generate_by_task(

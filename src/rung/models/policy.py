@@ -269,9 +269,7 @@ class Policy:
                 kv_by_layer = self.prefix_kv(self.embed(prefix.ids, task), self.method.virtual_tokens, virtual)
             self._prefix_cache[self._method_off] = PrefixCache(kv_by_layer)
         prefix_kv = self._prefix_cache[self._method_off].leaves
-        if virtual is None:
-            return prefix_kv
-        return {layer: concatenate_kv(virtual[layer], kv) for layer, kv in prefix_kv.items()}
+        return concatenate_kv(virtual, prefix_kv)
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probability in nats of each entry of the loss index, [N]."""

@@ -5,7 +5,7 @@ spins for about 3 ms before it sleeps. On a machine of its own that is right: sl
 training speed (docs/log.md). Beside another process it is wrong: the spinning thread holds the processor that its
 delayed partner could use, and training falls to 28 % of its speed alone.
 
-Neither behaviour can be chosen once for a machine on which other programs come and go, and libgomp reads its settings
+Neither behavior can be chosen once for a machine on which other programs come and go, and libgomp reads its settings
 only when it is loaded. But it also decides at every wait: where a process has more OpenMP threads than processors, a
 thread sleeps almost at once (libgomp manual, GOMP_SPINCOUNT). `ContentionWatch` uses this rule: it measures how long
 the threads of this process wait for a processor, and while they wait long it keeps one more team of threads, which
@@ -39,6 +39,7 @@ SPIN_BELOW = 0.42
 """Below it, in the mean of the last `SPIN_AFTER` measurements, they spin again. Measured with sleeping threads: 0.34
 beside a process that computes half of the time, 0.52 beside a busy one."""
 SPIN_AFTER = 3
+"""Measurements: a busy process lets single ones fall to 0.37."""
 NOTICE_SECONDS = 5
 """Seconds of sleeping threads after which a run says so: a program that starts beside it is no news."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -106,7 +107,7 @@ class ContentionWatch:
         self._thread = threading.Thread(target=self._measure, name="rung-contention-watch", daemon=True)
         self._idle_team: IdleTeam | None = None
         self._recent: deque[float] = deque(maxlen=SPIN_AFTER)
-        self.shared_seconds = 0
+        self.shared_measurements = 0
         """Measurements in a row in which threads had to sleep."""
 
     def start(self) -> None:
@@ -145,7 +146,7 @@ class ContentionWatch:
         elif self._idle_team is not None and len(self._recent) == SPIN_AFTER and mean(self._recent) < SPIN_BELOW:
             self._idle_team.release()
             self._idle_team = None
-        self.shared_seconds = self.shared_seconds + 1 if self._idle_team is not None else 0
+        self.shared_measurements = self.shared_measurements + 1 if self._idle_team is not None else 0
 
 
 def seconds_waited() -> float:
@@ -160,15 +161,20 @@ def seconds_waited() -> float:
 
 
 _watch: ContentionWatch | None = None
-_notice_given = False
+_count_set = _notice_given = False
 
 
 def adapt_threads() -> None:
-    """Set the number of threads, and watch for contention from now on; a second call does nothing."""
-    global _watch
+    """Set the number of threads, and watch for contention from now on.
+
+    A later call leaves the number alone, which the user may have set since, and starts a watch only after a fork.
+    """
+    global _watch, _count_set
+    if not _count_set:
+        set_thread_count()
+        _count_set = True
     if _watch is not None and _watch.is_alive():
         return
-    set_thread_count()
     if (libgomp := _libgomp()) is not None and torch.get_num_threads() > 1:
         _watch = ContentionWatch(libgomp)
         _watch.start()
@@ -177,7 +183,7 @@ def adapt_threads() -> None:
 def contention_notice() -> str | None:
     """What to tell the user where other processes keep this one from computing; only once, else None."""
     global _notice_given
-    if _notice_given or _watch is None or _watch.shared_seconds * WATCH_SECONDS < NOTICE_SECONDS:
+    if _notice_given or _watch is None or _watch.shared_measurements * WATCH_SECONDS < NOTICE_SECONDS:
         return None
     _notice_given = True
     return "other processes compute on this machine's processors: steps take longer until they end"

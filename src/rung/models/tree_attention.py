@@ -39,9 +39,12 @@ class AttentionParams(NamedTuple):
     dropout: float = 0.0
 
 
-def concatenate_kv(first: KeysValues, second: KeysValues) -> KeysValues:
-    """Concatenate two pairs of keys and values along the positions."""
-    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)
+def concatenate_kv(first: KVByLayer | None, second: KVByLayer) -> KVByLayer:
+    """Concatenate the keys and values of every layer along the positions; `first` may be missing."""
+    if first is None:
+        return second
+    pairs = {layer: zip(first[layer], states, strict=True) for layer, states in second.items()}
+    return {layer: tuple(torch.cat(pair, dim=2) for pair in both) for layer, both in pairs.items()}  # type: ignore[misc]
 
 
 def attend_tree(
