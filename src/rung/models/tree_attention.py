@@ -1,7 +1,8 @@
 """Attention within a packed row: each segment attends to the prefix of the row, to its ancestors, and to itself.
 
 On a processor all segments of a row are one autograd function, whose backward pass stores queries, keys, values,
-outputs and one number a query; keys are repeated for grouped queries only while they are used. Rows without shared
+outputs and one number a query. It computes in float32 under bfloat16 autocast too: torch's kernel for bfloat16 takes up
+to three times as long for documents of 200 tokens. Rows without shared
 parts go to transformers' variable-length flash attention on CUDA if the kernel is installed: one launch per segment
 would leave a GPU idle. (The dispatch is tested; the kernel was not measured.) Called by `models/attention.py`.
 
@@ -22,7 +23,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils import is_flash_attn_2_available
 
-from rung.models.onednn_matmul import wide_zeros
+from rung.models.matmul import wide_zeros
 from rung.types import Segment
 
 KeysValues = tuple[Tensor, Tensor]
@@ -117,17 +118,16 @@ class _FlashTree(torch.autograd.Function):
     def forward(ctx: Any, segments: tuple[Segment, ...], params: AttentionParams, *tensors: Any) -> Tensor:
         query, key, value, prefix_key, prefix_value = tensors
         _, heads, tokens, width = query.shape
-        groups = heads // key.shape[1]
         keys, values = SplitKV(key, prefix_key), SplitKV(value, prefix_value)
         out_1THD: Tensor = query.new_empty(1, tokens, heads, width)
         lses = []
         for rows, path, mask in _iterate_segments(segments, keys.prefix_length, params.window, query.device):
-            key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
-            options = {"attn_mask": _additive_mask(mask, query.dtype), "scale": params.scaling}
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, rows], *key_value, 0.0, mask is None, **options
+            q_KGQD, *key_value = _grouped(query[:, :, rows], keys.gather(path, rows), values.gather(path, rows))
+            options = {"attn_mask": _additive_mask(mask, q_KGQD.dtype), "scale": params.scaling}
+            out_KGQD, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_KGQD, *key_value, 0.0, mask is None, **options
             )
-            out_1THD[:, rows] = out.transpose(1, 2)
+            out_1THD[0, rows] = out_KGQD.flatten(0, 1).transpose(0, 1)
             # The log-sum-exp of each query lets the backward pass recompute the weights.
             lses.append(lse)
         ctx.segments, ctx.params = segments, params
@@ -137,22 +137,24 @@ class _FlashTree(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_1THD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, prefix_key, prefix_value, out_1THD, *lses = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
         keys, values = SplitKV(key, prefix_key), SplitKV(value, prefix_value)
         # each part of a flat row gets one gradient: a sum, in float32, is only that of a part that segments share
         is_shared = prefix_key is not None or any(s.parent is not None for s in ctx.segments)
         d_query, d_keys, d_values = torch.empty_like(query), keys.zeros(wide=is_shared), values.zeros(wide=is_shared)
         visits = _iterate_segments(ctx.segments, keys.prefix_length, ctx.params.window, query.device)
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
-            key_value = [repeat_kv(kv.gather(path, rows), groups) for kv in (keys, values)]
-            grad_out, out = (tensor[:, rows].transpose(1, 2) for tensor in (grad_1THD, out_1THD))
-            options = {"attn_mask": _additive_mask(mask, query.dtype), "scale": ctx.params.scaling}
-            d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out, query[:, :, rows], *key_value, out, lse, 0.0, mask is None, **options
+            q_KGQD, *key_value = _grouped(query[:, :, rows], keys.gather(path, rows), values.gather(path, rows))
+            grad_out, out = (
+                tensor[0, rows].to(q_KGQD.dtype).transpose(0, 1).unflatten(0, q_KGQD.shape[:2])
+                for tensor in (grad_1THD, out_1THD)
             )
-            d_query[:, :, rows] = d_q
-            d_keys.scatter_add(_sum_kv_groups(d_k, groups), path, rows)
-            d_values.scatter_add(_sum_kv_groups(d_v, groups), path, rows)
+            options = {"attn_mask": _additive_mask(mask, q_KGQD.dtype), "scale": ctx.params.scaling}
+            d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, q_KGQD, *key_value, out, lse, 0.0, mask is None, **options
+            )
+            d_query[0, :, rows] = d_q.flatten(0, 1)
+            d_keys.scatter_add(d_k.sum(1)[None], path, rows)
+            d_values.scatter_add(d_v.sum(1)[None], path, rows)
         d_row, d_prefix = (d_keys.row, d_values.row), (d_keys.prefix, d_values.prefix)
         return None, None, d_query, *(d if d is None else d.to(query.dtype) for d in (*d_row, *d_prefix))
 
@@ -219,12 +221,16 @@ def path_mask(context_length: int, length: int, window: int | None, device: torc
     return visible if window is None else visible & (query_Q1 - key_1S < window)
 
 
-def _sum_kv_groups(tensor_BHSD: Tensor, groups: int) -> Tensor:
-    """The transpose of `repeat_kv`."""
-    if groups == 1:
-        return tensor_BHSD
-    b, h, s, d = tensor_BHSD.shape
-    return tensor_BHSD.reshape(b, h // groups, groups, s, d).sum(2)
+def _grouped(query_1HQD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [K, G, Q, D] and keys and values [K, G, S, D] in float32 or wider, G the heads that share a key.
+
+    Keys and values are expanded, not copied: the kernel takes a stride of 0.
+    """
+    dtype = torch.promote_types(query_1HQD.dtype, torch.float32)
+    kv_heads = key_1KSD.shape[1]
+    query = query_1HQD[0].to(dtype).unflatten(0, (kv_heads, -1))
+    key, value = (kv[0].to(dtype)[:, None].expand(-1, query.shape[1], -1, -1) for kv in (key_1KSD, value_1KSD))
+    return query, key, value
 
 
 def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
