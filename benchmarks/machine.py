@@ -61,7 +61,7 @@ def _times(inputs: int, outputs: int, rows: int) -> tuple[float, float, float]:
     """By the faster of torch's own product and the one that Rung takes: what the machine can do, whoever asks it to."""
     import torch
 
-    from rung.models.onednn_matmul import matmul
+    from rung.models.matmul import matmul
 
     x, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
 

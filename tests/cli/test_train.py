@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside, log, process, start
-from rung.models import threads
+from rung.models import matmul, matmul_routine, threads
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -577,6 +577,27 @@ def test_a_resume_keeps_the_compute_type_and_refuses_another_device(
     run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running", "fingerprints": fingerprints}))
     code, _, err = inside(capsys, "train", config, *settings, "--resume")
     assert code == 3 and "device: cuda at its start, cpu now" in err, err
+
+
+def test_a_resume_keeps_the_routine_of_its_products(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` measures: a run that goes on where another routine is faster must compute the same bits."""
+    monkeypatch.setattr(matmul, "_routine", "onednn")
+    monkeypatch.setattr(matmul_routine, "_measure", lambda: "blas")
+    settings = ("model.matmul=auto", "training.checkpoint_every=3")
+    assert inside(capsys, "train", config, *settings)[0] == 0
+    assert manifest(tmp_path / "run")["fingerprints"]["matmul"] == "blas" and matmul.routine_in_use() == "blas"
+    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    run_json = tmp_path / "run" / "run.json"
+    run_json.write_text(json.dumps({**manifest(tmp_path / "run"), "status": "running"}))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(matmul_routine, "_measure", lambda: "onednn")
+    code, _, err = inside(capsys, "train", config, *settings, "--resume")
+    assert code == 0 and "resumed from" in err, err
+    assert matmul.routine_in_use() == "blas"
+    second = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_end_tokens_of_the_model_are_published(config: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -49,9 +51,10 @@ def test_sampling_follows_the_seed_and_the_distribution() -> None:
 
 
 def test_one_prompt_streams_its_tokens() -> None:
-    seen: list[int] = []
-    answer = generate(policy_of(tiny_model()), [[5, 6, 7]], stop_ids=[], sampling=Sampling(4), on_token=seen.append)[0]
-    assert seen == answer.ids and len(seen) == 4
+    seen: list[list[int]] = []
+    on_token = lambda tokens: bool(seen.append(list(tokens)))  # noqa: E731
+    answer = generate(policy_of(tiny_model()), [[5, 6, 7]], stop_ids=[], sampling=Sampling(4), on_token=on_token)[0]
+    assert seen == [answer.ids[: n + 1] for n in range(4)]
 
 
 def test_an_empty_prompt_is_refused() -> None:
@@ -85,6 +88,23 @@ def test_a_place_that_is_filled_again_sees_nothing_of_its_former_row(shape: str,
         (alone,) = generate(policy_of(model), [prompt], stop_ids=stops, sampling=Sampling(12))
         assert answer.logprobs == pytest.approx(alone.logprobs, abs=2e-6)  # of float32 logits
     assert shape == "gpt2" or len({len(ids) for ids in expected}) > 1  # the random GPT-2 repeats one token
+
+
+@pytest.mark.parametrize("prompts", [MANY, [p[3:] for p in MANY]], ids=["shared prefix", "nothing shared"])
+def test_the_caller_may_end_an_answer(prompts: list[list[int]]) -> None:
+    """Each answer is the beginning of the one that nothing ended, up to the token that ends it."""
+    policy = policy_of(tiny_model(dtype=torch.float64))
+    whole = generate(policy, prompts, stop_ids=[2], sampling=Sampling(12), batch_size=3)
+
+    def is_complete(ids: Sequence[int]) -> bool:
+        return len(ids) >= 3 and sum(ids) % 5 == 0
+
+    answers = generate(policy, prompts, stop_ids=[2], sampling=Sampling(12), batch_size=3, on_token=is_complete)
+    ends = [next((n for n in range(1, len(a.ids) + 1) if is_complete(a.ids[:n])), None) for a in whole]
+    assert [a.ids for a in answers] == [a.ids[:end] for a, end in zip(whole, ends, strict=True)]
+    assert [a.ended_by_caller for a in answers] == [end is not None for end in ends]
+    assert [a.stopped for a in answers] == [w.stopped or end is not None for w, end in zip(whole, ends, strict=True)]
+    assert len({len(a.ids) for a in answers}) > 2 and all(len(a.logprobs) == len(a.all_tokens) for a in answers)
 
 
 def rows_of_calls(policy: object, **options: object) -> list[int]:

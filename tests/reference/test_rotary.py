@@ -152,6 +152,11 @@ def test_an_answer_that_crosses_the_boundary(shared: int) -> None:
         expected = greedy_by_transformers(phi3(), prompt, 12, [2, 17])
         assert answer.all_tokens == expected, (len(prompt), answer.all_tokens, expected)
         assert len(answer.logprobs) == len(expected)
+    # the caller that ends an answer sees its tokens from both sides of the boundary
+    ends: Any = {"on_token": lambda tokens: len(tokens) == 7}
+    ended = generate(policy_of(model), prompts, stop_ids=[2, 17], sampling=Sampling(12), **ends)
+    assert [a.ids for a in ended] == [a.ids[:7] for a in answers]
+    assert [a.ended_by_caller for a in ended] == [len(a.ids) >= 7 for a in answers]
     sampled = generate(policy_of(model), prompts, stop_ids=[2], sampling=Sampling(12, 1.0, 3, answers_per_prompt=2))
     assert len(sampled) == 2 * len(prompts) and all(a.stopped or len(a.ids) == 12 for a in sampled)
     assert sampled == generate(

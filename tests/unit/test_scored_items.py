@@ -8,9 +8,13 @@ import pandas
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from builders import policy_of
+from models import tiny_model
+from rung.config.evaluation import EvaluationConfig
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError
-from rung.evaluation.evaluate import Evaluation, ScoredItem, _scores
+from rung.evaluation.evaluate import Evaluation, ScoredItem, _scores, evaluate
+from rung.evaluation.prompting import PromptFormat
 from rung.scoring.metrics import METRICS
 from rung.training.run_folder import read_items, write_items
 from rung.types import Message, Record, Source
@@ -54,6 +58,20 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         read_items(path)
     write_items(path, [], {"metrics": []})
     assert read_items(path) == ([], {"metrics": []})
+
+
+def test_an_answer_ends_at_a_stop_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A stop text is any letter that the answers hold: they are cut before it, and count as ended."""
+    chat, policy = ChatTemplate(tiny_tokenizer), policy_of(tiny_model())
+    question = (Message("user", "2+2?"), Message("assistant", "4"))
+    records = [Record(question, Source("data", n)) for n in range(3)]
+    config = EvaluationConfig(metrics=("exact",), max_new_tokens=20)
+    whole = evaluate(policy, chat, records, PromptFormat(), config)
+    letter = whole.items[0].answer[2]
+    cut = evaluate(policy, chat, records, PromptFormat(), config.model_copy(update={"stop": (letter,)}))
+    assert whole.cut_off == 3 and cut.cut_off == 0
+    assert [i.answer for i in cut.items] == [i.answer.partition(letter)[0].strip() for i in whole.items]
+    assert [i.prompt_tokens for i in cut.items] == [i.prompt_tokens for i in whole.items]
 
 
 def test_the_right_call_scores_1_by_every_metric(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,7 +14,8 @@ from chats import AT, with_template
 from rung.commands.data_check import check_data
 from rung.config.data import LossOn
 from rung.config.model import ModelConfig
-from rung.data.chat import ChatTemplate, ParsedAnswer
+from rung.data.chat import ChatTemplate
+from rung.data.parsed_answer import ParsedAnswer
 from rung.data.template import with_fixed_date, with_variables
 from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import ConfigError, DataError
@@ -95,6 +96,35 @@ def test_reasoning_is_set_apart_from_the_answer(
     """The think block was scored as the answer, so that every thinking model scored 0."""
     chat = ChatTemplate(with_template(tiny_tokenizer, THINKING))
     assert chat.parsed_answer(chat.encode([text], mid_document=True)[0]) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_texts", "parsed"),
+    [
+        ("USD 4\nThat is", ["\n"], ParsedAnswer("USD 4", found_stop=True)),
+        ("\n\n USD 4\n", ["\n"], ParsedAnswer("USD 4", found_stop=True)),
+        ("a stop b END c", ["END", "stop"], ParsedAnswer("a", found_stop=True)),
+        ("ENDless", ["END"], ParsedAnswer("", found_stop=True)),
+        ("é 🙂🙂 x", ["🙂"], ParsedAnswer("é", found_stop=True)),
+        ("<think>one\ntwo</think>\n4\n5", ["\n"], ParsedAnswer("4", "one\ntwo", found_stop=True)),
+        ("<think>one\ntwo", ["\n"], ParsedAnswer("", "one\ntwo")),
+        ("USD 4", ["\n"], ParsedAnswer("USD 4")),
+        ("", ["\n"], ParsedAnswer("")),
+    ],
+)
+def test_stop_texts_end_an_answer(
+    text: str, stop_texts: list[str], parsed: ParsedAnswer, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Asked after each token, the answer ends with the token that completes the text, also inside a character."""
+    chat = ChatTemplate(with_template(tiny_tokenizer, THINKING))
+    ids = chat.encode([text], mid_document=True)[0]
+    assert chat.parsed_answer(ids, stop_texts=stop_texts) == parsed
+    found = [chat.has_stop_text(ids[: n + 1], stop_texts) for n in range(len(ids))]
+    assert any(found) == parsed.found_stop
+    if parsed.found_stop:
+        first = found.index(True)
+        assert chat.parsed_answer(ids[: first + 1], stopped=False, stop_texts=stop_texts) == parsed
+        assert not chat.parsed_answer(ids[:first], stopped=False, stop_texts=stop_texts).found_stop
 
 
 def test_a_prompt_may_open_the_reasoning(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

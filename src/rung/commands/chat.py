@@ -7,7 +7,7 @@ answer. `cli.py` makes one `Conversation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,15 +43,13 @@ class ChatModel:
         max_new_tokens = policy.base.context - policy.method.virtual_tokens - len(prompt)
         if max_new_tokens < 1:
             raise DataError("the conversation is longer than the model's context", hint="/new starts over")
-        printed_ids: list[int] = []
 
-        def print_token(token: int) -> None:
-            previous_text = chat.assistant_text(printed_ids)
+        def print_token(tokens: Sequence[int]) -> bool:
             # Decoded as a whole each time: the text of one token depends on the tokens before it.
-            printed_ids.append(token)
-            text = chat.assistant_text(printed_ids)
+            previous_text, text = chat.assistant_text(tokens[:-1]), chat.assistant_text(tokens)
             if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
                 write_text(text[len(previous_text.rstrip("\ufffd")) :])
+            return False
 
         limited = Sampling(min(sampling.max_new_tokens, max_new_tokens), sampling.temperature, sampling.seed)
         on_token, stop_ids = print_token if stream else None, chat.generation_stop_ids

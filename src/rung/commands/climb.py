@@ -45,7 +45,7 @@ from rung.runs.load import (
     dequantize_if_configured,
     device,
     hardware_fingerprints,
-    keep_compute_dtype,
+    keep_arithmetic,
     load_base_on_device,
     load_base_to_train,
     open_run,
@@ -103,7 +103,7 @@ class Climb:
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
         if prompts.library is not None:
             self._check_fingerprint("documents", prompts.library.fingerprint)
-        self._cached_base = base = load_base_on_device(self._with_recorded_dtype(self.config).model)
+        self._cached_base = base = load_base_on_device(self._with_recorded_arithmetic(self.config).model)
         for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
             self._check_fingerprint(name, value)
         data = {context: self._shared_data(context, base) for context in prompts.contexts}
@@ -129,9 +129,9 @@ class Climb:
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    def _with_recorded_dtype(self, config: RunConfig) -> RunConfig:
+    def _with_recorded_arithmetic(self, config: RunConfig) -> RunConfig:
         """The config with the compute type that a climb that resumes began with."""
-        return keep_compute_dtype(config, self.path) if self._resume else config
+        return keep_arithmetic(config, self.path) if self._resume else config
 
     @cached_property
     def _splits(self) -> Splits:
@@ -402,7 +402,7 @@ class Climb:
         if not (is_started and read_manifest(folder)["status"] == "finished"):
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
-            splits, base = read_splits(config), load_base_on_device(self._with_recorded_dtype(config).model)
+            splits, base = read_splits(config), load_base_on_device(self._with_recorded_arithmetic(config).model)
             data = tokenize_splits(config, splits, base, self._prompts.library)
             train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
@@ -414,14 +414,14 @@ class Climb:
         """A base for one run. Training changes it, so it must not be offered to the next rung."""
         if config.method.kind == "qlora":
             self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
-            return load_base_to_train(self._with_recorded_dtype(config))
+            return load_base_to_train(self._with_recorded_arithmetic(config))
         base, self._cached_base = self._pristine_base(), None
         return base
 
     def _pristine_base(self) -> BaseModel:
         """A base that no rung has trained; loaded again if the last one was used."""
         if self._cached_base is None:
-            self._cached_base = load_base_on_device(self._with_recorded_dtype(self.config).model)
+            self._cached_base = load_base_on_device(self._with_recorded_arithmetic(self.config).model)
         return self._cached_base
 
 

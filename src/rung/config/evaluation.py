@@ -53,6 +53,9 @@ class EvaluationConfig(Config):
     """Source and size of retrieved passages; default: the defaults of its settings."""
     max_new_tokens: PositiveInt = 64
     """Maximum answer length in tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, such as a line break where an answer is one line. The earliest one and everything after
+    it are not part of the answer. White space at the start and reasoning are not searched."""
     limit: PositiveInt | None = None
     """Maximum number of test items, a random sample by the seed; also of validation items where instructions are
     chosen on them."""
@@ -62,3 +65,7 @@ class EvaluationConfig(Config):
     """Answers generated at once; a question that waits takes the place of an answer that has ended."""
     judge: JudgeConfig | None = None
     """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""
+
+    def _check(self) -> None:
+        if "" in self.stop:
+            raise ValueError("an empty text in stop would end every answer before its first word")

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from rung.data.parsed_answer import REASONING_TAGS
 from rung.errors import ConfigError, DataError
 from rung.types import Message
 
@@ -22,8 +23,6 @@ _NEXT_SENTINEL = "RungNext"
 _CALL = '[{"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "1"}}}]'
 _QUESTION, _ANSWER = Message("user", "Q"), Message("assistant", SENTINEL)
 _CALL_ANSWER = Message("assistant", "", tool_calls=_CALL)
-REASONING_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
-"""What models write around reasoning: Qwen, DeepSeek and most others; some tunes; Mistral."""
 
 
 class Render(Protocol):

@@ -23,7 +23,6 @@ from rung.config.data import ControlTokens, LossOn
 from rung.config.model import ModelConfig
 from rung.data.answer_form import (
     REASONING_SENTINEL,
-    REASONING_TAGS,
     SENTINEL,
     AnswerForm,
     read_answer_form,
@@ -37,6 +36,7 @@ from rung.data.control_tokens import (
     text_control_tokens,
     without_marks,
 )
+from rung.data.parsed_answer import REASONING_TAGS, ParsedAnswer, parse_answer
 from rung.data.prompt_positions import PromptPositions
 from rung.data.template import (
     REASONING_FIELDS,
@@ -65,6 +65,9 @@ from rung.types import Message, Record, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+BYTES_OF_A_CHARACTER = 4
+"""In UTF-8, at most: a tail that starts inside a character decodes to the replacement character up to its end."""
+
 
 class TextPart(NamedTuple):
     """A piece of a document that is tokenized separately."""
@@ -73,14 +76,6 @@ class TextPart(NamedTuple):
     supervised: bool
     excluded: bool = False
     """Not learned even where all tokens are (`data.loss_on: all`): an answer that the data marks so."""
-
-
-class ParsedAnswer(NamedTuple):
-    """A generated answer with its reasoning set apart."""
-
-    text: str
-    """The answer without reasoning and surrounding white space; empty where the model never came to its answer."""
-    reasoning: str = ""
 
 
 class ChatTemplate:
@@ -192,22 +187,24 @@ class ChatTemplate:
         text = self.decode([ids[:end]], mid_document=True)[0].removeprefix(self._form.prefix)
         return text.removesuffix(self._form.endings[0].before_stop) if end < len(ids) else text
 
-    def parsed_answer(self, ids: Sequence[int], *, stopped: bool = True) -> ParsedAnswer:
-        """Generated ids as an answer and the reasoning before it, which is between tags that models write.
+    def parsed_answer(
+        self, ids: Sequence[int], *, stopped: bool = True, stop_texts: Sequence[str] = ()
+    ) -> ParsedAnswer:
+        """Generated ids as an answer, before the first of `stop_texts`, and the reasoning before it (`parse_answer`).
 
-        The opening tag may be part of the prompt. Reasoning without its closing tag leaves an empty answer; so does an
-        answer that was cut (`stopped` is False) where the prompt opens the tag.
+        `stopped`: False for an answer that was cut.
         """
-        text = self.assistant_text(ids).strip()
-        for opening, closing in self._reasoning_tags:
-            begins = text.startswith(opening)
-            if not begins and not self._form.opening.endswith(opening):
-                continue
-            reasoning, closed, answer = text.removeprefix(opening).partition(closing)
-            # a tuned model may answer at once where the prompt opens the tag: then a complete answer has no closing tag
-            if closed or begins or not stopped:
-                return ParsedAnswer(answer.strip(), reasoning.strip())
-        return ParsedAnswer(text)
+        options = {"stopped": stopped, "stop_texts": stop_texts, "reasoning_tags": self._reasoning_tags}
+        return parse_answer(self.assistant_text(ids), self._form.opening, **options)  # type: ignore[arg-type]
+
+    def has_stop_text(self, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
+        """Whether a stop text ends the answer, asked after each generated token."""
+        # A token has at least one byte, so the last tokens hold every text that the newest one can complete; the whole
+        # answer is decoded only where they do.
+        count = max(len(text.encode()) for text in stop_texts) + BYTES_OF_A_CHARACTER
+        tail = self.decode([ids[-count:]], mid_document=True)[0]
+        is_near = any(text in tail for text in stop_texts)
+        return is_near and self.parsed_answer(ids, stopped=False, stop_texts=stop_texts).found_stop
 
     @cached_property
     def _reasoning_tags(self) -> tuple[tuple[str, str], ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from rung.config.evaluation import EvaluationConfig, MetricName
 from rung.console import ProgressBar
-from rung.data.chat import ChatTemplate, ParsedAnswer
+from rung.data.chat import ChatTemplate
 from rung.data.messages import expected_text
+from rung.data.parsed_answer import ParsedAnswer
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
@@ -238,12 +240,18 @@ def _generate_answers(
 ) -> tuple[list[ParsedAnswer], list[bool], float]:
     start_time = time.perf_counter()
     with ProgressBar(title, len(prompts)) as bar:
-        stops, sampling = chat.generation_stop_ids, Sampling(config.max_new_tokens)
+        sampling, stop_texts = Sampling(config.max_new_tokens), config.stop
         answers = generate_by_task(
-            policy, prompts, tasks, stop_ids=stops, sampling=sampling, batch_size=config.batch, on_batch=bar.advance
+            *(policy, prompts, tasks),
+            stop_ids=chat.generation_stop_ids,
+            sampling=sampling,
+            batch_size=config.batch,
+            on_batch=bar.advance,
+            on_token=partial(chat.has_stop_text, stop_texts=stop_texts) if stop_texts else None,
         )
     seconds = time.perf_counter() - start_time
-    return [chat.parsed_answer(a.all_tokens, stopped=a.stopped) for a in answers], [a.stopped for a in answers], seconds
+    parsed = [chat.parsed_answer(a.all_tokens, stopped=a.stopped, stop_texts=stop_texts) for a in answers]
+    return parsed, [a.stopped for a in answers], seconds
 
 
 @torch.no_grad()

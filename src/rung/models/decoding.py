@@ -27,14 +27,18 @@ from rung.models.tree_attention import KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
 from rung.types import Segment
 
-Callback = Callable[[int], None]
-"""Receives tokens, or numbers of prompts."""
+OnToken = Callable[[Sequence[int]], bool]
+"""Receives the tokens of an answer so far after each new one; returns whether the answer ends here."""
+OnAnswered = Callable[[int], None]
+"""Receives the number of prompts whose last answer has just ended."""
 REFILL_SHARE = 8
 """Prompts join when one in eight places is free: encoding several at once costs less than one after another."""
 DROP_SHARE = 4
 """Places that nobody takes are dropped when one in four is free: dropping copies the whole cache."""
 ENCODE_TOKENS = 2_048
 """Tokens of prompts that are encoded at once: more are no faster on a processor, and take memory."""
+SUM_BLOCK = 256
+"""Tokens whose probabilities are added before a token is drawn; the square root of a vocabulary, more or less."""
 TRIM_SLOTS = 64
 """Slots that no row sees any more are cut off when there are this many."""
 
@@ -56,15 +60,17 @@ class GeneratedAnswer:
 
     ids: list[int]
     stop: int | None
-    """The stop token that ended the answer; None if the answer was truncated."""
+    """The stop token that ended the answer; None if there was none."""
     logprobs: list[float]
     """Log-probability in nats of each generated token, including the stop token, under the distribution it was drawn
     from; for greedy answers under the model at temperature 1."""
+    ended_by_caller: bool = False
+    """Whether `OnToken` ended the answer."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop token ended the answer."""
-        return self.stop is not None
+        """Whether the answer ended; False if it was truncated."""
+        return self.stop is not None or self.ended_by_caller
 
     @property
     def all_tokens(self) -> list[int]:
@@ -81,6 +87,8 @@ class Request(NamedTuple):
     """Its tokens behind the common prefix, at least one."""
     limit: int
     """Maximum number of new tokens."""
+    begun: Sequence[int] = ()
+    """Last tokens of the suffix that are the beginning of the answer."""
 
 
 @dataclass(eq=False)
@@ -96,10 +104,12 @@ class _Row:
     last_token: int
     """The token that predicts the next one."""
     tokens: list[int] = field(default_factory=list)
+    begun: Sequence[int] = ()
     logprobs: list[float] = field(default_factory=list)
     stop: int | None = None
+    ended_by_caller: bool = False
 
-    def add(self, token: int, logprob: float, stop_ids: frozenset[int]) -> bool:
+    def add(self, token: int, logprob: float, stop_ids: frozenset[int], on_token: OnToken | None) -> bool:
         """Add a token; return whether the answer goes on."""
         self.logprobs.append(logprob)
         if token in stop_ids:
@@ -107,7 +117,8 @@ class _Row:
             return False
         self.tokens.append(token)
         self.last_token = token
-        return len(self.tokens) < self.limit
+        self.ended_by_caller = on_token is not None and on_token([*self.begun, *self.tokens])
+        return not self.ended_by_caller and len(self.tokens) < self.limit
 
 
 @dataclass
@@ -122,9 +133,8 @@ class Decoder:
     generator: torch.Generator
     batch_size: int
     task: str | None = None
-    on_token: Callback | None = None
-    on_answered: Callback | None = None
-    """Receives the number of prompts whose last answer has just ended."""
+    on_token: OnToken | None = None
+    on_answered: OnAnswered | None = None
 
     def run(self, requests: Sequence[Request]) -> dict[int, list[GeneratedAnswer]]:
         """Answers by the number of the prompt."""
@@ -143,7 +153,7 @@ class Decoder:
                 self._drop_free_places()
             self._step()
         return {
-            prompt: [GeneratedAnswer(row.tokens, row.stop, row.logprobs) for row in rows]
+            prompt: [GeneratedAnswer(row.tokens, row.stop, row.logprobs, row.ended_by_caller) for row in rows]
             for prompt, rows in answers.items()
         }
 
@@ -164,7 +174,7 @@ class Decoder:
         """Encode prompts up to their last token and give each of their answers a place."""
         per_prompt = self.sampling.answers_per_prompt
         rows = [
-            _Row(r.prompt, r.limit, len(r.suffix), len(r.suffix) - 1, r.suffix[-1])
+            _Row(r.prompt, r.limit, len(r.suffix), len(r.suffix) - 1, r.suffix[-1], begun=r.begun)
             for r in requests
             for _ in range(per_prompt)
         ]
@@ -241,9 +251,7 @@ class Decoder:
         """Add one token to each row; a row that has ended leaves its place."""
         ended = set()
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            goes_on = row.add(token, logprob, self.stop_ids)
-            if self.on_token is not None and row.stop is None:
-                self.on_token(token)
+            goes_on = row.add(token, logprob, self.stop_ids, self.on_token)
             if not goes_on:
                 self._places[self._places.index(row)] = None
                 ended.add(row.prompt)
@@ -280,12 +288,30 @@ class Decoder:
         """
         # In float64: sums over a vocabulary in float32 lose the rare tokens.
         device, dtype = logprobs_BV.device, widest_float(logprobs_BV.device)
-        cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=dtype)
         options: Any = {"generator": self.generator, "dtype": dtype, "device": device}
-        uniform_B = torch.rand(len(logprobs_BV), 1, **options)
-        # The last sum is 1 only up to rounding, so the threshold is scaled by it.
-        threshold_B = uniform_B * cumulative_BV[:, -1:]
-        return torch.searchsorted(cumulative_BV, threshold_B, right=True)[:, 0].clamp(max=logprobs_BV.shape[1] - 1)
+        return invert_distribution(logprobs_BV.exp(), torch.rand(len(logprobs_BV), 1, **options))
+
+
+def invert_distribution(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """The first token of each row up to which the weights sum to more than this share of all, [B].
+
+    Running sums in the type of `uniform_B1`: over blocks of the vocabulary, then within the block that holds the
+    threshold. One running sum over the vocabulary takes ten times as long.
+    """
+    vocabulary, dtype = weights_BV.shape[1], uniform_B1.dtype
+    whole = vocabulary // SUM_BLOCK * SUM_BLOCK
+    sums = weights_BV[:, :whole].view(len(weights_BV), -1, SUM_BLOCK).sum(-1, dtype=dtype)
+    sums = torch.cat([sums, weights_BV[:, whole:].sum(-1, keepdim=True, dtype=dtype)], dim=1)
+    ends = sums.cumsum(dim=1)
+    # The last sum is 1 only up to rounding, so the threshold is scaled by it.
+    threshold_B1 = uniform_B1 * ends[:, -1:]
+    block_B1 = torch.searchsorted(ends, threshold_B1, right=True).clamp(max=ends.shape[1] - 1)
+    tokens = block_B1 * SUM_BLOCK + torch.arange(SUM_BLOCK, device=weights_BV.device)
+    in_block = weights_BV.gather(1, tokens.clamp(max=vocabulary - 1)).to(dtype)
+    before = (ends - sums).gather(1, block_B1)
+    running = in_block.masked_fill(tokens >= vocabulary, 0.0).cumsum(dim=1) + before
+    place_B1 = torch.searchsorted(running, threshold_B1, right=True).clamp(max=SUM_BLOCK - 1)
+    return (block_B1 * SUM_BLOCK + place_B1)[:, 0].clamp(max=vocabulary - 1)
 
 
 def _parts(lengths: Sequence[int]) -> Iterator[slice]:

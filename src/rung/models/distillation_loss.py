@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rung.models.logprobs import LogitTransform, head_tensors
-from rung.models.onednn_matmul import linear, matmul, product_dtype, wide_zeros
+from rung.models.matmul import linear, matmul, product_dtype, wide_zeros
 
 ENTRIES_PER_SLICE = 128
 """Entries in one slice: 25 MB for a float32 tensor of logits over a vocabulary of 49,152."""

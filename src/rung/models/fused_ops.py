@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from rung.models.onednn_matmul import linear, matmul, product_dtype
+from rung.models.matmul import linear, matmul, product_dtype
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """An activation and its backward pass: (gradient, input) -> gradient."""
@@ -47,8 +47,11 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
 
     An input computed by `rms_norm` is not stored: the backward pass recomputes it.
     """
-    norm_input: _NormInput | None = getattr(x, _NORM_INPUT_ATTRIBUTE, None)
-    outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_tensors_of(params))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        norm_input: _NormInput | None = getattr(x, _NORM_INPUT_ATTRIBUTE, None)
+        outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_tensors_of(params))  # type: ignore[no-untyped-call]
+    else:  # one token of an answer is so little work that autograd's bookkeeping shows
+        outputs, _ = _forward(_as_rows(x, params[0]), params)
     # Reshaped outside the function: autograd forbids in-place changes of a view made inside it, and some models clamp
     # their queries in place.
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -56,7 +59,10 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, params: LinearParams) -> Tensor:
     """linear(activation(gate) * up) (Shazeer 2020, eq. 5 without its first two products); stores only gate and up."""
-    return _GatedLinear.apply(gate, up, activation, params.scale, *_tensors_of([params]))  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_grad_enabled():
+        return _GatedLinear.apply(gate, up, activation, params.scale, *_tensors_of([params]))  # type: ignore[no-any-return, no-untyped-call]
+    (output,), _ = _forward(_as_rows(activation[0](gate).mul_(up), params), [params])
+    return output.view(*gate.shape[:-1], output.shape[-1])
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -69,10 +75,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     Computes in float32 or wider. Stores its input and one number a row.
     """
+    if not torch.is_grad_enabled():
+        return _NormInput(x, weight, _inverse_rms(x, eps), offset).recompute()
     y, rstd = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
     # An attribute of the output tensor: `linears` finds the norm's input there and need not store the output.
-    if torch.is_grad_enabled():
-        setattr(y, _NORM_INPUT_ATTRIBUTE, _NormInput(x.detach(), weight.detach(), rstd, offset))
+    setattr(y, _NORM_INPUT_ATTRIBUTE, _NormInput(x.detach(), weight.detach(), rstd, offset))
     return y  # type: ignore[no-any-return]
 
 
@@ -99,7 +106,7 @@ class _Linears(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_input: _NormInput | None, scales: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         params = _unflatten(tensors, scales)
-        x_NI = x.reshape(-1, x.shape[-1]).to(product_dtype(x, params[0].weight))
+        x_NI = _as_rows(x, params[0])
         outputs, low_NR = _forward(x_NI, params)
         ctx.scales, ctx.shape, ctx.dtype, ctx.product_dtype = scales, x.shape, x.dtype, x_NI.dtype
         ctx.offset = None if norm_input is None else norm_input.offset
@@ -131,8 +138,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Any) -> Tensor:
         params = _unflatten(tensors, (scale,))
-        hidden = activation[0](gate).mul_(up)
-        x_NI = hidden.view(-1, hidden.shape[-1]).to(product_dtype(hidden, params[0].weight))
+        x_NI = _as_rows(activation[0](gate).mul_(up), params[0])
         (output,), low_NR = _forward(x_NI, params)
         ctx.activation, ctx.scale = activation, scale
         ctx.save_for_backward(gate, up, low_NR, *tensors)
@@ -177,9 +183,7 @@ class _Gated(torch.autograd.Function):
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # The norm squared instead of x * x: no second tensor of the size of x.
-        rstd = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = _inverse_rms(x, eps)
         ctx.offset = offset
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
@@ -202,6 +206,19 @@ class _RmsNorm(torch.autograd.Function):
         projection = torch.linalg.vecdot(d_unit, normalized, dim=-1)[..., None].div_(x.shape[-1])
         d_x = d_unit.sub_(normalized.mul_(projection)).mul_(rstd)
         return d_x.to(x.dtype), d_weight, None, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each row, in float32 or wider."""
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # The norm squared instead of x * x: no second tensor of the size of x.
+    norm: Tensor = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _as_rows(x: Tensor, params: LinearParams) -> Tensor:
+    """The input of a linear as a matrix [N, I] in the type of the product."""
+    return x.reshape(-1, x.shape[-1]).to(product_dtype(x, params.weight))
 
 
 def _tensors_of(params: Sequence[LinearParams]) -> list[Tensor | None]:

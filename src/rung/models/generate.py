@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from rung.errors import PlanError
-from rung.models.decoding import Callback, Decoder, Request
+from rung.models.decoding import Decoder, OnAnswered, OnToken, Request
 from rung.models.decoding import GeneratedAnswer as GeneratedAnswer
 from rung.models.decoding import Sampling as Sampling
 from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
 from rung.models.tree_attention import KVByLayer, concatenate_kv
+from rung.models.weight_layout import order_for_answers
 
 
 @torch.no_grad()
@@ -33,15 +34,16 @@ def generate(
     sampling: Sampling,
     batch_size: int = 32,
     task: str | None = None,
-    on_token: Callback | None = None,
-    on_batch: Callback | None = None,
+    on_token: OnToken | None = None,
+    on_batch: OnAnswered | None = None,
 ) -> list[GeneratedAnswer]:
     """Return answers in the order of the prompts; all answers to one prompt are adjacent.
 
     `batch_size` counts answers decoded at once, at least those of one prompt. `task` is the task of all
-    prompts, for methods that learn something per task. `on_token` receives each token and is for a single prompt;
-    `on_batch` receives the number of prompts just answered. Raises `ValueError` for an empty prompt, `PlanError` for a
-    virtual token inside a prompt that this policy has not learned.
+    prompts, for methods that learn something per task. `on_token` receives the tokens of an answer after each new one
+    and may end the answer; `on_batch` receives the number of prompts just answered.
+    Raises `ValueError` for an empty prompt, `PlanError` for a virtual token inside a prompt that this policy has not
+    learned.
     """
     options = _Options(stop_ids, batch_size, task, on_token, on_batch)
     if (boundary := policy.rope_boundary) is None or not prompts:
@@ -55,8 +57,8 @@ class _Options(NamedTuple):
     stop_ids: Sequence[int]
     batch_size: int
     task: str | None
-    on_token: Callback | None
-    on_batch: Callback | None
+    on_token: OnToken | None
+    on_batch: OnAnswered | None
 
 
 def _generate_across(
@@ -93,10 +95,11 @@ def _generate_across(
     # another seed: the same numbers drawn twice would be one sample
     next_sampling = replace(sampling, seed=sampling.seed + 1, answers_per_prompt=1)
     with long_tokens(policy.model, True):
-        rest = _generate(policy, longer, limits, next_sampling, options._replace(on_batch=None))
+        begun, options = [flat[k].ids for k in crossing], options._replace(on_batch=None)
+        rest = _generate(policy, longer, limits, next_sampling, options, begun)
     for k, answer in zip(crossing, rest, strict=True):
         ids, logprobs = [*flat[k].ids, *answer.ids], [*flat[k].logprobs, *answer.logprobs]
-        flat[k] = GeneratedAnswer(ids, answer.stop, logprobs)
+        flat[k] = replace(answer, ids=ids, logprobs=logprobs)
     return flat
 
 
@@ -106,8 +109,9 @@ def _generate(
     limits: Sequence[int],
     sampling: Sampling,
     options: _Options,
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> list[GeneratedAnswer]:
-    """`generate`, with at most `limits` new tokens for each prompt."""
+    """`generate` with at most `limits` new tokens for each prompt, of which `begun` are the last: answers so far."""
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     id_count = policy.base.vocab_size + policy.method.inserted_tokens
@@ -123,6 +127,7 @@ def _generate(
             allowed = f"at most {_sliding_window(policy)}"
             raise PlanError(reason, given=f"{max_length} tokens with {virtual_count} virtual ones", allowed=allowed)
         prefix_length = 0  # a window counts slots, and padding between the prefix and a row's tokens would use some
+    order_for_answers(policy.model)
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():
@@ -131,7 +136,9 @@ def _generate(
             *(policy, prefix, start, frozenset(options.stop_ids), sampling, generator, options.batch_size),
             *(options.task, options.on_token, options.on_batch),
         )
-        answers = decoder.run([Request(i, p[prefix_length:], limits[i]) for i, p in enumerate(prompts)])
+        begun = begun or [()] * len(prompts)
+        requests = [Request(i, p[prefix_length:], limits[i], begun[i]) for i, p in enumerate(prompts)]
+        answers = decoder.run(requests)
     return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
@@ -152,12 +159,14 @@ def generate_by_task(
     stop_ids: Sequence[int],
     sampling: Sampling,
     batch_size: int = 32,
-    on_batch: Callback | None = None,
+    on_batch: OnAnswered | None = None,
+    on_token: OnToken | None = None,
 ) -> list[GeneratedAnswer]:
     """`generate` for prompts of several tasks, one call per task: virtual tokens may differ between tasks."""
     answers: dict[int, list[GeneratedAnswer]] = {}
     n = sampling.answers_per_prompt
     options: Any = {"stop_ids": stop_ids, "sampling": sampling, "batch_size": batch_size, "on_batch": on_batch}
+    options["on_token"] = on_token
     for task in sorted(set(tasks), key=str):
         indices = [i for i, prompt_task in enumerate(tasks) if prompt_task == task]
         task_answers = generate(policy, [prompts[i] for i in indices], task=task, **options)

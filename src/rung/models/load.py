@@ -47,6 +47,7 @@ from rung.models.download import convert_gguf_once, download_base
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf_reader import gguf_tokenizer, load_gguf, message_of
 from rung.models.layers import drop_layers
+from rung.models.matmul_routine import set_matmul_routine
 from rung.models.streaming import LinearPlacement, leave_linears_stored
 from rung.models.threads import adapt_threads
 from rung.planning.architecture import (
@@ -73,6 +74,9 @@ def load_base(
     """
     attention.register()
     adapt_threads()
+    compute = compute_dtype(config.dtype, device)
+    if compute is torch.float32 and (device is None or device.type == "cpu"):
+        set_matmul_routine(config.matmul)
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
@@ -86,7 +90,6 @@ def load_base(
     if isinstance(source, Path) and source.is_dir():
         check_base_folder(source)
         check_tokenizer(source)
-    compute = compute_dtype(config.dtype, device)
     stored = stored_dtype(source) if isinstance(source, Path) and source.is_dir() else None
     # Only the fused functions widen a bfloat16 weight; transformers' linear would refuse the mixed types.
     keep_bfloat16 = config.fused and compute is torch.float32 and stored is torch.bfloat16
@@ -290,7 +293,8 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
         reason = "this run's adapter cannot be folded into its base, so the run is no base for another"
         allowed = "runs of full, head and lora"
         raise PlanError(reason, where="model.name", given=f"{run}, {peft_type}", allowed=allowed)
-    base = load_base(ModelConfig.model_validate({**manifest["config"]["model"], "dtype": config.dtype}), device=device)
+    settings = {**manifest["config"]["model"], "dtype": config.dtype, "matmul": config.matmul}
+    base = load_base(ModelConfig.model_validate(settings), device=device)
     check_fingerprint(manifest, base, run)
     return _merge_into_base(config, base, folder, load_tokenizer(config), device)
 

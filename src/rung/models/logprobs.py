@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rung.models.onednn_matmul import linear, matmul, product_dtype, wide_zeros
+from rung.models.matmul import linear, matmul, product_dtype, wide_zeros
 
 
 class TileSize(NamedTuple):

@@ -40,7 +40,7 @@ def routine_in_use() -> Routine:
 
 def has_onednn() -> bool:
     """Whether this torch was built with oneDNN, and nobody switched it off."""
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # type: ignore[no-untyped-call]
 
 
 def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -77,7 +77,9 @@ def wide_zeros(tensor: Tensor) -> Tensor:
 
 def _takes_onednn(x: Tensor) -> bool:
     """Whether to call oneDNN: it has no float64, and torch sends bfloat16 to it already."""
-    return _routine == "onednn" and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and has_onednn()
+    return (
+        _routine == "onednn" and x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and has_onednn()
+    )
 
 
 def _packed(matrix: Tensor) -> Tensor:

@@ -145,8 +145,7 @@ class _FlashTree(torch.autograd.Function):
         for lse, (rows, path, mask) in zip(lses, visits, strict=True):
             q_KGQD, *key_value = _grouped(query[:, :, rows], keys.gather(path, rows), values.gather(path, rows))
             grad_out, out = (
-                tensor[0, rows].to(q_KGQD.dtype).transpose(0, 1).unflatten(0, q_KGQD.shape[:2])
-                for tensor in (grad_1THD, out_1THD)
+                tensor[0, rows].to(q_KGQD.dtype).transpose(0, 1).view(q_KGQD.shape) for tensor in (grad_1THD, out_1THD)
             )
             options = {"attn_mask": _additive_mask(mask, q_KGQD.dtype), "scale": ctx.params.scaling}
             d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -227,8 +226,8 @@ def _grouped(query_1HQD: Tensor, key_1KSD: Tensor, value_1KSD: Tensor) -> tuple[
     Keys and values are expanded, not copied: the kernel takes a stride of 0.
     """
     dtype = torch.promote_types(query_1HQD.dtype, torch.float32)
-    kv_heads = key_1KSD.shape[1]
-    query = query_1HQD[0].to(dtype).unflatten(0, (kv_heads, -1))
+    (_, heads, length, width), kv_heads = query_1HQD.shape, key_1KSD.shape[1]
+    query = query_1HQD[0].to(dtype).view(kv_heads, heads // kv_heads, length, width)
     key, value = (kv[0].to(dtype)[:, None].expand(-1, query.shape[1], -1, -1) for kv in (key_1KSD, value_1KSD))
     return query, key, value
 

@@ -18,7 +18,8 @@ from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.objective import DistillConfig, FunctionRewardConfig, ModelRewardConfig, PpoConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
-from rung.data.chat import ChatTemplate, ParsedAnswer
+from rung.data.chat import ChatTemplate
+from rung.data.parsed_answer import ParsedAnswer
 from rung.data.tokenize import PromptDataset
 from rung.data.tool_calls import calls_of_message, canonical_calls
 from rung.errors import ConfigError, PlanError

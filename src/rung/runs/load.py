@@ -38,6 +38,7 @@ from rung.models.base_model import BaseModel
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.load import check_fingerprint, load_base, load_tokenizer
+from rung.models.matmul import routine_in_use
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
@@ -65,21 +66,28 @@ def load_base_to_train(config: RunConfig) -> BaseModel:
     return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not config.shares_base)
 
 
-def keep_compute_dtype(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with the compute type that the run or climb in `folder` began with, where the setting is `auto`.
+def keep_arithmetic(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with the compute type and the matmul routine that the run or climb in `folder` began with.
 
-    Other processors choose another type: half a run in each would be a run that nobody asked for.
+    Only where the setting is `auto`: other processors choose others, and half a run in each would be a run that nobody
+    asked for.
     """
     recorded = read_manifest(folder) if is_run_folder(folder) else {}
-    recorded_dtype = recorded.get("fingerprints", {}).get("compute_dtype", recorded.get("compute_dtype"))
-    if config.model.dtype != "auto" or recorded_dtype not in ("float32", "bfloat16"):
-        return config
-    return config.with_compute_dtype(recorded_dtype)
+    recorded = {**recorded, **recorded.get("fingerprints", {})}
+    model = config.model
+    if model.dtype == "auto" and (dtype := recorded.get("compute_dtype")) in ("float32", "bfloat16"):
+        model = model.model_copy(update={"dtype": dtype})
+    if model.matmul == "auto" and (routine := recorded.get("matmul")) in ("onednn", "blas"):
+        model = model.model_copy(update={"matmul": routine})
+    return config.model_copy(update={"model": model})
 
 
 def hardware_fingerprints(base: BaseModel) -> dict[str, str]:
-    """What a resume must find again besides data and weights: the compute type and the type of the device."""
-    return {"compute_dtype": base.dtype_name, "device": base.model.device.type}
+    """What a resume must find again besides data and weights: compute type, type of device, and matmul routine."""
+    fingerprints = {"compute_dtype": base.dtype_name, "device": base.model.device.type}
+    if fingerprints == {"compute_dtype": "float32", "device": "cpu"}:
+        fingerprints["matmul"] = routine_in_use()
+    return fingerprints
 
 
 def library_of_target(name: str | Path) -> Library | None:
@@ -230,7 +238,8 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
             # a classifier has a score in place of the output head
             model_name, heads = path / "model", {HEAD_KEY, *OUTPUT_HEADS}
             require_undamaged(model_name)
-        base = load_base_on_device(ModelConfig(name=str(model_name), dtype=config.model.dtype), heads=heads)
+        settings = ModelConfig(name=str(model_name), dtype=config.model.dtype, matmul=config.model.matmul)
+        base = load_base_on_device(settings, heads=heads)
         chat = ChatTemplate(base.tokenizer, end_ids=base.end_ids)
         check_prompt(path / "model", chat)
         return Policy(base, NoMethod()), chat.with_control_tokens(config.data.control_tokens), config

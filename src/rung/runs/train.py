@@ -42,7 +42,7 @@ from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import device, hardware_fingerprints, keep_compute_dtype, load_base_to_train
+from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train
 from rung.runs.reward_head import write_score_head
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
@@ -86,7 +86,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     if manifest is not None:
         return manifest
     splits = read_splits(config)
-    load_config = keep_compute_dtype(config, output) if start.resume else config
+    load_config = keep_arithmetic(config, output) if start.resume else config
     if world.size == 1:
         checks.refuse_if_too_large(load_config, device(), beyond=start.beyond_memory)
     base = load_base_to_train(load_config)

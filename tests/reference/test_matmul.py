@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from rung.models.onednn_matmul import linear, matmul
+from rung.models.matmul import linear, matmul
 from tolerances import FLOAT32
 
 GROWTH = """
 import torch
-from rung.models.onednn_matmul import linear
+from rung.models.matmul import linear
 
 def resident():
     status = open("/proc/self/status").read()
