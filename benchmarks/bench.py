@@ -24,11 +24,13 @@ from benchmarks.runner import OURS, PEERS, ROOT, Entry, RunError, Store, run
 from benchmarks.sides import Sides, speed
 from benchmarks.workloads import (
     BASE,
+    GROUPS,
     WORKLOADS,
     Candidate,
     Training,
     Workload,
     candidates,
+    computable,
     default,
 )
 
@@ -137,16 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
     works = {key: bench.work(key) for key in WORKLOADS if store.all(kind="run", work=key)}
     found = report.Report(works, store, machine, asked.work, sys.argv[1:] if arguments is None else arguments)
     found.show(console)
-    target = asked.results or (ROOT / "benchmarks" if _whole(bench, works) else asked.work) / "RESULTS.md"
-    name = f"bench {machine_class(machine['instructions'])}"
-    replace_section(name, found.markdown(), target, head=report.page_head())
+    part = _part(bench, works)
+    target = asked.results or (ROOT / "benchmarks" if part else asked.work) / "RESULTS.md"
+    name = f"{part or 'bench'} {machine_class(machine['instructions'])}"
+    replace_section(name, found.markdown(name), target, head=report.page_head())
     console.print(f"\nwritten to {target}")
     return int(bool(found.problems))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Rung and TRL on the same work, in alternation.")
-    parser.add_argument("--only", type=_keys, default=list(WORKLOADS), metavar="a,b", help="these workloads")
+    parser.add_argument("--only", type=_keys, default=computable(), metavar="a,b", help="these workloads")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--quick", action="store_true", help="two steps and one pair: shows that all runs")
     parser.add_argument(
@@ -167,6 +170,8 @@ def _keys(text: str) -> list[str]:
     keys = text.split(",")
     if unknown := [key for key in keys if key not in WORKLOADS]:
         raise argparse.ArgumentTypeError(f"no workload {unknown[0]!r}: there are {', '.join(WORKLOADS)}")
+    if beyond := set(keys) - set(computable()):
+        raise argparse.ArgumentTypeError(f"this processor has no units for bfloat16: {', '.join(sorted(beyond))}")
     return keys
 
 
@@ -184,10 +189,13 @@ def sides_of(folder: Path) -> Sides:
     return Sides(model, env, int(log.read_text().split()[-1]))
 
 
-def _whole(bench: Bench, works: dict[str, Workload]) -> bool:
-    """Whether the results are worth keeping in the repository: all workloads, at least three pairs."""
+def _part(bench: Bench, works: dict[str, Workload]) -> str | None:
+    """The section of the repository's page for these results: at least three pairs of all works or of a group."""
     pairs = min(len(bench.store.all(kind="run", work=key, side="tuned")) for key in works) if works else 0
-    return not bench.quick and works.keys() == WORKLOADS.keys() and pairs >= 3
+    if bench.quick or pairs < 3:
+        return None
+    parts = {"bench": computable(), **GROUPS}
+    return next((name for name, keys in parts.items() if set(keys) == works.keys()), None)
 
 
 if __name__ == "__main__":

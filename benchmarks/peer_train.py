@@ -114,7 +114,7 @@ def arguments(job: dict[str, Any], data: Dataset) -> dict[str, Any]:
     """The work's own settings, then the candidate's; all else stays as TRL sets it."""
     chosen = {
         "use_cpu": True,
-        "bf16": False,  # TRL's default autocasts to bfloat16
+        "bf16": job["dtype"] == "bfloat16",  # TRL's default autocasts to bfloat16
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1,

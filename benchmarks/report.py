@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.flops import seconds_at
-from benchmarks.results_page import machine_class
 from benchmarks.runner import Entry, Store
 from benchmarks.sides import differences, speed, weights
 from benchmarks.workloads import Training, Workload
@@ -133,6 +132,8 @@ class Report:
             tokens = sum(map(len, runs[0]["answers"]))
             return (f"{same}/{len(ours)} alike, {tokens} tokens", "")
         losses = [s["loss"] for s in runs[0]["steps"]]
+        if work.dtype != "float32":  # the rates are those of float32 products
+            return f"{losses[-1]:.4f} / {mean(losses):.4f}", ""
         shares = [self._share(key, e, "flops") for e in runs], [self._share(key, e, "flops_shared") for e in runs]
         return f"{losses[-1]:.4f} / {mean(losses):.4f}", f"{median(shares[0]):.0%} ({median(shares[1]):.0%})"
 
@@ -160,7 +161,7 @@ class Report:
         lines = [
             f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; instructions: {' '.join(m['instructions'])}",
             f"{date.today()}; torch {rates[0]['torch']}, {rates[0]['threads']} threads "
-            f"(OMP_NUM_THREADS {m['threads_asked']}); float32 on both sides",
+            f"(OMP_NUM_THREADS {m['threads_asked']}); float32 on both sides, but for j",
         ]
         names = {"block_forward": "of a block", "head_forward": "at the vocabulary head"}
         told = (f"{_spread([e['rates'][k] / 1e9 for e in rates], '.0f')} GFLOP/s {t}" for k, t in names.items())
@@ -188,23 +189,23 @@ class Report:
         for problem in self.problems:
             console.print(problem, style="red", markup=False)
 
-    def markdown(self) -> str:
-        """The section of this machine's class."""
+    def markdown(self, name: str) -> str:
+        """The section of this name, which says what was measured and on which class of processors."""
         checks = [f"- {p}" for p in self.problems] or [
             "Every step of both sides held the same tokens, and the losses agree step by step:",
             *(f"- {line}" for line in self._agreement()),
         ]
-        name = machine_class(self.machine["instructions"])
+        title = name[0].upper() + name[1:]
         parts = [
-            f"## {name}",
+            f"## {title}",
             f"```\n{shlex.join(['make', 'bench'] if not self.arguments else ['bench', *self.arguments])}\n```",
             "\n".join(f"- {line}" for line in self.machine_lines),
             _markdown(HEADER, self.lines),
-            f"### {name}: was it the same work?",
+            f"### {title}: was it the same work?",
             "\n".join(checks),
-            f"### {name}: cold steps and whole processes",
+            f"### {title}: cold steps and whole processes",
             _markdown(*self._details()),
-            f"### {name}: what the peer was tuned over",
+            f"### {title}: what the peer was tuned over",
             _markdown(("work", "candidate", "tokens/s", "peak memory"), self._tuning()),
         ]
         return "\n\n".join(parts) + "\n"

@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from benchmarks.runner import ROOT
+from benchmarks.workloads import GROUPS
 
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 CLASSES = ("AVX-512", "AVX2")
 SECTIONS = (
-    *(f"bench {name}" for name in CLASSES),
+    *(f"{part} {name}" for name in CLASSES for part in ("bench", *GROUPS)),
     *(f"beside other work {name}" for name in CLASSES),
     "planned memory",
 )

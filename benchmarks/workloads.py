@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rung.planning.advise import multiplies_bfloat16
+
 RANK, ALPHA = 16, 32
 BASE = "smollm2-135m"
 UPPER_HALF = tuple(range(15, 30))
@@ -43,6 +45,8 @@ class Training:
     """Every row begins with the same system turn of 200 tokens."""
     objective: Literal["sft", "preference", "reward"] = "sft"
     """All but sft learn from pairs: a conversation with a better and a worse answer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products, on both sides; trained weights are float32."""
     seed: int = 0
 
     @property
@@ -59,7 +63,7 @@ class Training:
         layers = {"layers": list(self.layers)} if self.layers else {}
         lora = {"kind": "lora", "rank": RANK, "alpha": ALPHA, **layers}
         return {
-            "model": {"name": BASE, "dtype": "float32"},
+            "model": {"name": BASE, "dtype": self.dtype},
             "data": {"path": data, "validation": 0, "test": 0},
             "method": lora if self.method == "lora" else {"kind": "full"},
             "objective": {"kind": self.objective},
@@ -128,9 +132,23 @@ WORKLOADS: dict[str, Workload] = {
         Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 6, layers=UPPER_HALF, epochs=3),
         Training("g", "DPO LoRA on dialogues", Target(4.5, 4.5, 0.30), objective="preference", examples_per_step=4),
         Training("h", "reward model, LoRA, on dialogues", Target(3.0), objective="reward", examples_per_step=4),
+        Training("j", "SFT LoRA in bfloat16, loss on answers", Target(4.0, 2.4, 0.30), dtype="bfloat16"),
         Answering("i", "rollouts: 8 prompts, 8 sampled answers each", Target(1.0, 1.0), 8, 0, 48, answers=8),
     )
 }
+
+GROUPS = {"preferences": ("g", "h"), "answers": ("e", "i"), "bfloat16": ("j",)}
+"""Workloads that are also measured without the others: the whole bench takes three hours."""
+
+
+def computable() -> list[str]:
+    """Keys of the workloads that this processor computes: bfloat16 without units for it is many times slower."""
+    return [
+        key
+        for key, work in WORKLOADS.items()
+        if not (isinstance(work, Training) and work.dtype == "bfloat16") or multiplies_bfloat16()
+    ]
+
 
 _FREE = {"gradient_checkpointing": False}
 TRAINING_CANDIDATES = (

@@ -170,6 +170,7 @@ def test_passages_are_no_contamination(boxes: Path, tmp_path: Path, capsys: Any)
         (["climb.rungs=[zero_shot]", "evaluation.retrieve={top_k: 1}"], "nothing here retrieves"),
         (["climb.rungs=[rag]", "evaluation.retrieve={chunk_words: 5, overlap: 5}"], "overlap is below"),
         (["evaluation.stop=['']"], "an empty text in stop"),
+        (["evaluation.stop=['\\n']"], "in double quotes only"),
         (["climb.rungs=[rag]", "evaluation.retrieve={column: body}"], "no documents are named"),
         (["climb.rungs=[rag]", "evaluation.retrieve={documents: nowhere.jsonl}"], "no such file"),
         (["climb.rungs=[{kind: lora, context: retrieved}]", "data.map={context: nothing}"], "no row has a context"),

@@ -90,6 +90,25 @@ def test_a_place_that_is_filled_again_sees_nothing_of_its_former_row(shape: str,
     assert shape == "gpt2" or len({len(ids) for ids in expected}) > 1  # the random GPT-2 repeats one token
 
 
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 32_001])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_drawn_token_inverts_the_distribution(vocabulary: int, dtype: torch.dtype) -> None:
+    """Against one running sum over the vocabulary in float64; a token without weight is never drawn."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(400, vocabulary, generator=generator).mul(3).softmax(-1)
+    weights[:, ::3] = 0.0
+    weights[:, -1] += weights.sum(-1).eq(0)  # some weight in every row
+    uniform = torch.rand(400, 1, generator=generator, dtype=dtype)
+    uniform[:3] = torch.tensor([0.0, 1.0 - torch.finfo(dtype).eps / 2, 0.5], dtype=dtype)[:, None]
+    drawn = decoding.invert_distribution(weights, uniform)[:, None]
+    assert (weights.gather(1, drawn) > 0).all()
+    ends, threshold = weights.double().cumsum(-1), uniform.double() * weights.double().sum(-1, keepdim=True)
+    end, start = ends.gather(1, drawn), (ends - weights.double()).gather(1, drawn)
+    slack = 256 * torch.finfo(dtype).eps
+    assert (start <= threshold + slack).all() and (threshold <= end + slack).all()
+    assert len(decoding.invert_distribution(weights[:0], uniform[:0])) == 0
+
+
 @pytest.mark.parametrize("prompts", [MANY, [p[3:] for p in MANY]], ids=["shared prefix", "nothing shared"])
 def test_the_caller_may_end_an_answer(prompts: list[list[int]]) -> None:
     """Each answer is the beginning of the one that nothing ended, up to the token that ends it."""

@@ -12,7 +12,7 @@ import torch
 
 from rung.errors import ConfigError
 from rung.models import matmul, matmul_routine
-from rung.models.matmul_routine import fastest_routine, set_matmul_routine
+from rung.models.matmul_routine import fastest_routine, resolve_routine, settle_routine, settle_routine_once
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own; the routine of this process is restored."""
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path))
     monkeypatch.setattr(matmul, "_routine", "onednn")
+    monkeypatch.setattr(matmul_routine, "_settled", False)
     return tmp_path
 
 
@@ -72,9 +73,23 @@ def test_a_damaged_cache_is_measured_again(content: str, cache: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended every command: the error of a failed write is one of Rung's own."""
+    (cache / "matmul.json").mkdir()
+    assert fastest_routine() in ("onednn", "blas")
     (cache / "file").write_text("")
     monkeypatch.setenv("RUNG_CACHE", str(cache / "file" / "below"))
     assert fastest_routine() in ("onednn", "blas")
+
+
+def test_a_command_keeps_its_routine_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher, a judge or a reward model has a config of its own, and the last one loaded decided."""
+    monkeypatch.setattr(matmul_routine, "_measure", lambda: "onednn")
+    settle_routine("blas")
+    settle_routine_once("auto")
+    settle_routine_once("onednn")
+    assert matmul.routine_in_use() == "blas"
+    settle_routine(resolve_routine("auto"))  # the next command of this process
+    assert matmul.routine_in_use() == "onednn"
 
 
 @pytest.mark.parametrize("routine", ["onednn", "blas"])
@@ -85,7 +100,7 @@ def test_the_users_choice_is_not_measured(
     used: list[str] = []
     whole = matmul.onednn_linear
     monkeypatch.setattr(matmul, "onednn_linear", lambda *a: used.append("onednn") or whole(*a))
-    set_matmul_routine(routine)
+    settle_routine_once(routine)
     x, weight = torch.randn(5, 8), torch.randn(6, 8)
     assert torch.allclose(matmul.linear(x, weight), x @ weight.T, atol=1e-6)
     assert used == (["onednn"] if routine == "onednn" else []) and matmul.routine_in_use() == routine
@@ -96,4 +111,4 @@ def test_without_onednn_there_is_the_blas(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(matmul.torch.backends.mkldnn, "is_available", lambda: False)
     assert fastest_routine() == "blas" == matmul.routine_in_use()
     with pytest.raises(ConfigError, match="no oneDNN"):
-        set_matmul_routine("onednn")
+        resolve_routine("onednn")

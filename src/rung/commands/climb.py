@@ -49,6 +49,7 @@ from rung.runs.load import (
     load_base_on_device,
     load_base_to_train,
     open_run,
+    settle_arithmetic,
 )
 from rung.runs.train import StartMode, train_on_data
 from rung.training.memory_use import reset_peak_memory
@@ -103,7 +104,9 @@ class Climb:
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
         if prompts.library is not None:
             self._check_fingerprint("documents", prompts.library.fingerprint)
-        self._cached_base = base = load_base_on_device(self._with_recorded_arithmetic(self.config).model)
+        main_config = self._with_recorded_arithmetic(self.config)
+        settle_arithmetic(main_config)
+        self._cached_base = base = load_base_on_device(main_config.model)
         for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
             self._check_fingerprint(name, value)
         data = {context: self._shared_data(context, base) for context in prompts.contexts}
@@ -130,7 +133,7 @@ class Climb:
         return ladder
 
     def _with_recorded_arithmetic(self, config: RunConfig) -> RunConfig:
-        """The config with the compute type that a climb that resumes began with."""
+        """The config with the compute type and the matmul routine that a climb that resumes began with."""
         return keep_arithmetic(config, self.path) if self._resume else config
 
     @cached_property

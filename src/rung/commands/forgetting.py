@@ -85,8 +85,9 @@ def forgetting_task(config: RunConfig, data: str, limit: int | None) -> Forgetti
         with naming_config("a config in its place", data):
             loaded = load_records(DataConfig(path=data), data)
         records = _sample_records(loaded.records, limit)
-        # The instruction of the config was written for its own task, not for this data.
-        evaluation, seed = config.evaluation.model_copy(update={"instruction": None}), config.seed
+        # Instruction and stop texts of the config were written for its own task, not for this data.
+        evaluation = config.evaluation.model_copy(update={"instruction": None, "stop": ()})
+        seed = config.seed
     # Perplexity is always measured: it moves long before an answer changes.
     metrics = tuple(dict.fromkeys([*evaluation.metrics, PERPLEXITY]))
     return records, evaluation.model_copy(update={"metrics": metrics}), seed

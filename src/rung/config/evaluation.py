@@ -69,3 +69,5 @@ class EvaluationConfig(Config):
     def _check(self) -> None:
         if "" in self.stop:
             raise ValueError("an empty text in stop would end every answer before its first word")
+        if text := next((text for text in self.stop if "\\n" in text or "\\t" in text), None):
+            raise ValueError(f"stop: {text!r} is a backslash and a letter: YAML reads \\n in double quotes only")

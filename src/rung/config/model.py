@@ -39,9 +39,11 @@ class ModelConfig(Config):
     fused: bool = True
     """Use Rung's fused functions, which keep fewer activations and share inputs. false: the forward of transformers and
     peft, slower, with the same result within rounding; for comparisons and debugging."""
+
     matmul: Literal["auto", "onednn", "blas"] = "auto"
     """Routine of float32 products on a processor. `auto`: the faster one, measured once a machine; `onednn`; `blas`:
     torch's own, MKL on x86. They round differently, so a resumed run keeps the routine that it began with."""
+
     sharded: bool = False
     """With several processes: each holds some rows of the weights of the layers and gathers a layer while it computes.
     With method full, gradients and optimizer state are sharded too."""

@@ -200,11 +200,12 @@ class ChatTemplate:
     def has_stop_text(self, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
         """Whether a stop text ends the answer, asked after each generated token."""
         # A token has at least one byte, so the last tokens hold every text that the newest one can complete; the whole
-        # answer is decoded only where they do.
-        count = max(len(text.encode()) for text in stop_texts) + BYTES_OF_A_CHARACTER
-        tail = self.decode([ids[-count:]], mid_document=True)[0]
-        is_near = any(text in tail for text in stop_texts)
-        return is_near and self.parsed_answer(ids, stopped=False, stop_texts=stop_texts).found_stop
+        # answer is decoded only where it does.
+        last = ids[-max(len(text.encode()) for text in stop_texts) - BYTES_OF_A_CHARACTER :]
+        before, tail = self.decode([last[:-1], last], mid_document=True)
+        known = len(before.rstrip("\ufffd"))
+        is_completed = any(tail.rfind(text) + len(text) > known for text in stop_texts if text in tail)
+        return is_completed and self.parsed_answer(ids, stopped=False, stop_texts=stop_texts).found_stop
 
     @cached_property
     def _reasoning_tags(self) -> tuple[tuple[str, str], ...]:

@@ -26,6 +26,9 @@ from rung.models.rotary import rope_boundary
 from rung.models.streaming import placement_of
 from rung.planning.architecture import ModelShape, shape_from_config
 
+SHARES_MEMORY = "_rung_shares_memory"
+"""Attribute of parameters whose memory belongs to several models: none of them may move it."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -49,7 +52,10 @@ class BaseModel:
         # deepcopy takes a tensor from this memo instead of copying it, so only the modules are duplicated (a few MB).
         memo: dict[int, Tensor] = {id(t): t for t in self.model.buffers()}
         # New Parameter objects over the same memory: widening one of them to float32 leaves the other copy unchanged.
-        memo |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
+        copies = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in self.model.parameters()}
+        for parameter in (*self.model.parameters(), *copies.values()):
+            setattr(parameter, SHARES_MEMORY, True)
+        memo |= copies
         return replace(self, model=copy.deepcopy(self.model, memo))
 
     @property

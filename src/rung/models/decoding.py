@@ -300,7 +300,7 @@ def invert_distribution(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     """
     vocabulary, dtype = weights_BV.shape[1], uniform_B1.dtype
     whole = vocabulary // SUM_BLOCK * SUM_BLOCK
-    sums = weights_BV[:, :whole].view(len(weights_BV), -1, SUM_BLOCK).sum(-1, dtype=dtype)
+    sums = weights_BV[:, :whole].view(len(weights_BV), whole // SUM_BLOCK, SUM_BLOCK).sum(-1, dtype=dtype)
     sums = torch.cat([sums, weights_BV[:, whole:].sum(-1, keepdim=True, dtype=dtype)], dim=1)
     ends = sums.cumsum(dim=1)
     # The last sum is 1 only up to rounding, so the threshold is scaled by it.
@@ -309,9 +309,12 @@ def invert_distribution(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     tokens = block_B1 * SUM_BLOCK + torch.arange(SUM_BLOCK, device=weights_BV.device)
     in_block = weights_BV.gather(1, tokens.clamp(max=vocabulary - 1)).to(dtype)
     before = (ends - sums).gather(1, block_B1)
-    running = in_block.masked_fill(tokens >= vocabulary, 0.0).cumsum(dim=1) + before
-    place_B1 = torch.searchsorted(running, threshold_B1, right=True).clamp(max=SUM_BLOCK - 1)
-    return (block_B1 * SUM_BLOCK + place_B1)[:, 0].clamp(max=vocabulary - 1)
+    in_block = in_block.masked_fill(tokens >= vocabulary, 0.0)
+    place_B1 = torch.searchsorted(in_block.cumsum(dim=1) + before, threshold_B1, right=True)
+    # A block's sum and its running sum round differently: a threshold beyond the last takes the last token with weight.
+    places = torch.arange(SUM_BLOCK, device=weights_BV.device)
+    last_B1 = torch.where(in_block > 0.0, places, 0).amax(dim=1, keepdim=True)
+    return (block_B1 * SUM_BLOCK + torch.minimum(place_B1, last_B1))[:, 0]
 
 
 def _parts(lengths: Sequence[int]) -> Iterator[slice]:

@@ -74,6 +74,13 @@ def unfused_linears(model: nn.Module, params_of: LinearParamsOf) -> list[str]:
     return [name for name, m in model.named_modules() if hasattr(m, "base_layer") and params_of(m) is None]
 
 
+def fused_linears(model: nn.Module) -> list[nn.Linear]:
+    """The linears, of the base where there is an adapter, whose products Rung's functions compute."""
+    modules = (m for m in model.modules() if isinstance(vars(m).get("forward"), _FusedLinear))
+    linears = (getattr(m, "base_layer", m) for m in modules)
+    return [linear for linear in linears if type(linear) is nn.Linear]
+
+
 def remove_fused_forwards(model: nn.Module) -> None:
     """Restore the original forward of every module."""
     for module in _fused_modules(model):

@@ -22,7 +22,7 @@ from rung.models.decoding import Sampling as Sampling
 from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
 from rung.models.tree_attention import KVByLayer, concatenate_kv
-from rung.models.weight_layout import order_for_answers
+from rung.models.weight_layout import order_weights
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def _generate(
             allowed = f"at most {_sliding_window(policy)}"
             raise PlanError(reason, given=f"{max_length} tokens with {virtual_count} virtual ones", allowed=allowed)
         prefix_length = 0  # a window counts slots, and padding between the prefix and a row's tokens would use some
-    order_for_answers(policy.model)
+    order_weights(policy.model)
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     with policy.autocast():

@@ -47,7 +47,7 @@ from rung.models.download import convert_gguf_once, download_base
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf_reader import gguf_tokenizer, load_gguf, message_of
 from rung.models.layers import drop_layers
-from rung.models.matmul_routine import set_matmul_routine
+from rung.models.matmul_routine import settle_routine_once
 from rung.models.streaming import LinearPlacement, leave_linears_stored
 from rung.models.threads import adapt_threads
 from rung.planning.architecture import (
@@ -76,7 +76,7 @@ def load_base(
     adapt_threads()
     compute = compute_dtype(config.dtype, device)
     if compute is torch.float32 and (device is None or device.type == "cpu"):
-        set_matmul_routine(config.matmul)
+        settle_routine_once(config.matmul)
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)

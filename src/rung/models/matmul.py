@@ -28,13 +28,13 @@ _routine: Routine = "onednn"
 
 
 def use_routine(routine: Routine) -> None:
-    """Compute later float32 products of this process by this routine; without oneDNN there is only the BLAS."""
+    """Compute later float32 products of this process by this routine."""
     global _routine
     _routine = routine
 
 
 def routine_in_use() -> Routine:
-    """The routine of float32 products on this processor."""
+    """The routine of float32 products on this processor; without oneDNN there is only the BLAS."""
     return _routine if has_onednn() else "blas"
 
 

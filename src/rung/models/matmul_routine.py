@@ -1,9 +1,9 @@
-"""Which routine multiplies float32 matrices on this machine, oneDNN or torch's BLAS: measured in a tenth of a second.
+"""Which routine multiplies float32 matrices on this machine, oneDNN or torch's BLAS: measured in less than a second.
 
 On AMD's processors with AVX-512 oneDNN is twice as fast as MKL, on those with AVX2 alone they differ by some percent,
 and on Intel's either may lead. The result is kept in the cache folder for the processor, its instruction sets, the
-number of threads and the version of torch. `load_base` asks; a run records the answer in run.json, because the two
-routines add in different orders.
+number of threads and the version of torch. The two routines add in different orders, so a command has one for all its
+models: training and climbs settle it by their config and record it in run.json; elsewhere the first model decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rung.errors import ConfigError
+from rung.errors import CheckpointError, ConfigError
 from rung.files import cache_folder, write_text
 from rung.models.matmul import Routine, has_onednn, onednn_linear, use_routine
 
@@ -33,12 +33,29 @@ MIN_LEAD = 0.05
 _INSTRUCTION_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
-def set_matmul_routine(setting: Literal["auto"] | Routine) -> None:
-    """Compute later products of this process as `model.matmul` says. Raises `ConfigError` for oneDNN without oneDNN."""
+Setting = Literal["auto"] | Routine
+_settled = False
+
+
+def resolve_routine(setting: Setting) -> Routine:
+    """The routine that `model.matmul` names. Raises `ConfigError` for oneDNN where there is none."""
     if setting == "onednn" and not has_onednn():
         reason = "this build of torch has no oneDNN, or it is switched off"
         raise ConfigError(reason, where="model.matmul", given=setting, allowed="auto, blas")
-    use_routine(fastest_routine() if setting == "auto" else setting)
+    return fastest_routine() if setting == "auto" else setting
+
+
+def settle_routine(routine: Routine) -> None:
+    """Compute the products of this command by this routine, whatever models it loads later."""
+    global _settled
+    use_routine(routine)
+    _settled = True
+
+
+def settle_routine_once(setting: Setting) -> None:
+    """`settle_routine` by the config of a model that is loaded, unless the command has settled it."""
+    if not _settled:
+        settle_routine(resolve_routine(setting))
 
 
 def fastest_routine() -> Routine:
@@ -51,7 +68,7 @@ def fastest_routine() -> Routine:
         measured = {**measured, key: _measure()}
         try:
             write_text(path, json.dumps(measured, indent=2) + "\n")
-        except OSError:
+        except (OSError, CheckpointError):
             pass  # a cache folder that cannot be written costs the measurement in every process
     return measured[key]
 
@@ -93,7 +110,9 @@ def _processor_name() -> str:
         return platform.processor() or platform.machine()
     fields = dict(line.partition(":")[::2] for line in lines)
     values = {name.strip(): value.strip() for name, value in fields.items()}
-    return f"{values.get('model name', platform.machine())}, family {values.get('cpu family', '?')}"
+    if "model name" not in values:  # ARM has numbers instead of names
+        return ", ".join([platform.machine(), *(values.get(name, "?") for name in ("CPU implementer", "CPU part"))])
+    return f"{values['model name']}, family {values.get('cpu family', '?')}"
 
 
 def _read(path: Path) -> dict[str, Routine]:

@@ -3,7 +3,10 @@
 oneDNN multiplies by blocks of a weight, and first copies each block where the weight [O, I] lies row by row. With the
 24 to 64 rows of a batch of answers the copies take as long as a tenth to a fourth of the product. A weight that lies
 column by column needs none for x W^T, but then the input gradient does, so training gains and loses nothing. The values
-stay, and so do the results (bit for bit from two rows on). `models/generate.py` calls `order_for_answers`.
+stay, and so do the results (bit for bit from two rows on). `models/generate.py` and `runs/train.py` call this.
+
+Only linears that Rung's functions multiply are moved: torch's own product gains nothing and rounds differently. A run
+moves them before its first step, so that a resumed run, which passes no gates and answers nothing, computes alike.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rung.models.base_model import SHARES_MEMORY
+from rung.models.fused_modules import fused_linears
 from rung.models.matmul import routine_in_use
 
 _PAGE_OUT = 21
@@ -22,15 +27,21 @@ _PAGE_OUT = 21
 
 
 @torch.no_grad()
-def order_for_answers(model: nn.Module) -> None:
-    """Let frozen float32 linears on the processor lie column by column; a second call changes nothing.
+def order_weights(model: nn.Module) -> None:
+    """Let frozen float32 linears on the processor lie column by column, and trained ones row by row, as gradients do.
 
-    The output head stays: its product with so many columns gains nothing, and an embedding may share it.
+    A second call changes nothing.
+    The output head stays: its product with so many columns gains nothing, and an embedding may share it. So does the
+    memory that several models share: each would get a copy of its own.
     """
     if routine_in_use() != "onednn":
         return
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not head and _gains(m.weight)]
+    all_linears = [m for m in fused_linears(model) if m is not head]
+    for linear in all_linears:
+        if linear.weight.requires_grad:
+            linear.weight.data = linear.weight.data.contiguous()
+    linears = [m for m in all_linears if _gains(m.weight)]
     files = _mapped_files() if linears else []
     for linear in linears:
         stored = linear.weight.data
@@ -41,7 +52,8 @@ def order_for_answers(model: nn.Module) -> None:
 def _gains(weight: Tensor) -> bool:
     """Whether a weight is a frozen matrix of this processor that lies row by row."""
     is_plain = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype is torch.float32
-    return is_plain and not weight.requires_grad and weight.is_contiguous() and not weight.T.is_contiguous()
+    is_by_rows = weight.is_contiguous() and not weight.T.is_contiguous()
+    return is_plain and is_by_rows and not weight.requires_grad and not hasattr(weight, SHARES_MEMORY)
 
 
 def _mapped_files() -> list[range]:

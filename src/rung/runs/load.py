@@ -34,16 +34,18 @@ from rung.files import is_run_folder, require_undamaged
 from rung.methods.lora import Lora
 from rung.methods.qlora import dequantize_base
 from rung.methods.registry import attach_method
-from rung.models.base_model import BaseModel
+from rung.models.base_model import BaseModel, compute_dtype
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.load import check_fingerprint, load_base, load_tokenizer
 from rung.models.matmul import routine_in_use
+from rung.models.matmul_routine import resolve_routine, settle_routine
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
 from rung.runs.reward_head import HEAD_KEY, OUTPUT_HEADS, read_score_head
+from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.run_folder import is_climb, read_manifest
 from rung.types import Message, Record
 
@@ -80,6 +82,12 @@ def keep_arithmetic(config: RunConfig, folder: Path) -> RunConfig:
     if model.matmul == "auto" and (routine := recorded.get("matmul")) in ("onednn", "blas"):
         model = model.model_copy(update={"matmul": routine})
     return config.model_copy(update={"model": model})
+
+
+def settle_arithmetic(config: RunConfig, world: World = SINGLE_PROCESS) -> None:
+    """Choose the matmul routine of a command by its config; all ranks take that of rank 0."""
+    if device().type == "cpu" and compute_dtype(config.model.dtype, device()) is torch.float32:
+        settle_routine(world.on_rank0(lambda: resolve_routine(config.model.matmul)))
 
 
 def hardware_fingerprints(base: BaseModel) -> dict[str, str]:

@@ -32,6 +32,7 @@ from rung.models.base_model import BaseModel
 from rung.models.fused_modules import unfused_linears
 from rung.models.policy import Policy
 from rung.models.targets import coverage
+from rung.models.weight_layout import order_weights
 from rung.objectives.protocol import Objective
 from rung.objectives.registry import make_objective
 from rung.objectives.reward import RewardObjective
@@ -42,7 +43,7 @@ from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
 from rung.runs.dataset import RunData, read_splits, tokenize_splits
-from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train
+from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train, settle_arithmetic
 from rung.runs.reward_head import write_score_head
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
@@ -87,6 +88,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
         return manifest
     splits = read_splits(config)
     load_config = keep_arithmetic(config, output) if start.resume else config
+    settle_arithmetic(load_config, world)
     if world.size == 1:
         checks.refuse_if_too_large(load_config, device(), beyond=start.beyond_memory)
     base = load_base_to_train(load_config)
@@ -139,6 +141,7 @@ def train_on_data(
     models = load_auxiliary_models(config, base, data.chat)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
+    order_weights(base.model)
     with closing(_acquire_folder(config, world, start)) as folder:
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)
         try:
