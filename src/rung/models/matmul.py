@@ -6,9 +6,10 @@ oneDNN, part of the same torch, does not check the vendor. Which one is faster d
 float32 throughout, but add in another order, so a run keeps the routine that it began with.
 
 oneDNN and torch's layer above it each cache what they prepared for a shape, up to 1,024 shapes of a megabyte, and every
-micro-batch has another length: the heap of a run would grow by gigabytes. A micro-batch uses about twenty-five shapes,
-in bfloat16 up to twice as many products; the caches are limited to about that many, and preparing a shape again takes less than a millisecond. The cost is a private
-operator of torch and two environment variables (decision 0012). The fused functions and heads multiply here.
+micro-batch has another length: the heap of a run would grow by gigabytes. A micro-batch uses about twenty-five shapes
+in float32 and more in bfloat16; the caches are limited to about that many, and preparing a shape again takes half a
+millisecond. The cost is a private operator of torch and two environment variables (decision 0012). The fused functions
+and heads multiply here.
 """
 
 from __future__ import annotations
