@@ -150,7 +150,7 @@ def test_bfloat16_is_attended_in_float32() -> None:
     ]
 
     def results(dtype: torch.dtype) -> list[torch.Tensor]:
-        operands = [tensor.to(dtype).requires_grad_() for tensor in stored]
+        operands = [tensor.clone().to(dtype).requires_grad_() for tensor in stored]
         segments = [Segment(0, 90, None), Segment(90, 200, 0)]
         out = attend_tree(*operands, segments, None, AttentionParams(None, None, None))  # type: ignore[call-arg, arg-type]
         out.backward(gradient.to(dtype))
