@@ -154,7 +154,7 @@ def test_bfloat16_is_attended_in_float32() -> None:
         segments = [Segment(0, 90, None), Segment(90, 200, 0)]
         out = attend_tree(*operands, segments, None, AttentionParams(None, None, None))  # type: ignore[call-arg, arg-type]
         out.backward(gradient.to(dtype))
-        return [out, *(operand.grad for operand in operands)]  # type: ignore[list-item]
+        return [out.detach(), *(operand.grad for operand in operands)]  # type: ignore[list-item]
 
     for narrow, exact in zip(results(torch.bfloat16), results(torch.float64), strict=True):
         assert narrow.dtype is torch.bfloat16
