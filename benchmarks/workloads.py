@@ -128,12 +128,12 @@ WORKLOADS: dict[str, Workload] = {
         Training("b", "SFT LoRA, plain text, loss on everything", Target(3.0, 2.1, 0.35), plain=True),
         Training("c", "SFT full fine-tuning", Target(2.7, 1.6, 0.60), steps=3, method="full", learning_rate=2e-5),
         Training("d", "SFT LoRA, shared system turn of 200 tokens", Target(5.0, 3.0, 0.30), system=True),
-        Answering("e", "40 answers, four worked examples in front", Target(3.0)),
+        Answering("e", "40 answers, four worked examples in front", Target(8.0, 4.0)),
         Training("f", "SFT LoRA, layers 15-29 only, 3 epochs", Target(5.0, 3.0, 0.30), 6, layers=UPPER_HALF, epochs=3),
         Training("g", "DPO LoRA on dialogues", Target(4.5, 4.5, 0.30), objective="preference", examples_per_step=4),
         Training("h", "reward model, LoRA, on dialogues", Target(3.0), objective="reward", examples_per_step=4),
         Training("j", "SFT LoRA in bfloat16, loss on answers", Target(4.0, 2.4, 0.30), dtype="bfloat16"),
-        Answering("i", "rollouts: 8 prompts, 8 sampled answers each", Target(1.0, 1.0), 8, 0, 48, answers=8),
+        Answering("i", "rollouts: 8 prompts, 8 sampled answers each", Target(5.0, 5.0), 8, 0, 48, answers=8),
     )
 }
 
