@@ -158,10 +158,12 @@ class Report:
     def machine_lines(self) -> list[str]:
         """What was measured on."""
         m, rates = self.machine, self.store.all(kind="rates")
+        narrow = [key for key, work in self.works.items() if isinstance(work, Training) and work.dtype != "float32"]
+        but_for = f", but for {', '.join(narrow)}" if narrow else ""
         lines = [
             f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; instructions: {' '.join(m['instructions'])}",
             f"{date.today()}; torch {rates[0]['torch']}, {rates[0]['threads']} threads "
-            f"(OMP_NUM_THREADS {m['threads_asked']}); float32 on both sides, but for j",
+            f"(OMP_NUM_THREADS {m['threads_asked']}); float32 on both sides{but_for}",
         ]
         names = {"block_forward": "of a block", "head_forward": "at the vocabulary head"}
         told = (f"{_spread([e['rates'][k] / 1e9 for e in rates], '.0f')} GFLOP/s {t}" for k, t in names.items())
@@ -191,24 +193,27 @@ class Report:
 
     def markdown(self, name: str) -> str:
         """The section of this name, which says what was measured and on which class of processors."""
-        checks = [f"- {p}" for p in self.problems] or [
-            "Every step of both sides held the same tokens, and the losses agree step by step:",
-            *(f"- {line}" for line in self._agreement()),
-        ]
+        checks = [f"- {p}" for p in self.problems]
+        if not checks and (agreement := self._agreement()):
+            checks = ["Every step of both sides held the same tokens, and the losses agree step by step:"]
+            checks += [f"- {line}" for line in agreement]
         title = name[0].upper() + name[1:]
         parts = [
             f"## {title}",
-            f"```\n{shlex.join(['make', 'bench'] if not self.arguments else ['bench', *self.arguments])}\n```",
+            f"```\n{self._command()}\n```",
             "\n".join(f"- {line}" for line in self.machine_lines),
             _markdown(HEADER, self.lines),
-            f"### {title}: was it the same work?",
-            "\n".join(checks),
+            *([f"### {title}: was it the same work?", "\n".join(checks)] if checks else []),
             f"### {title}: cold steps and whole processes",
             _markdown(*self._details()),
             f"### {title}: what the peer was tuned over",
             _markdown(("work", "candidate", "tokens/s", "peak memory"), self._tuning()),
         ]
         return "\n\n".join(parts) + "\n"
+
+    def _command(self) -> str:
+        options = shlex.join(self.arguments)
+        return f'make bench BENCH="{options}"' if options else "make bench"
 
     def _agreement(self) -> list[str]:
         lines = []
