@@ -27,6 +27,8 @@ def shard_model(model: nn.Module, layers: Sequence[nn.Module], replicated: Itera
     """
     trunk: nn.Module = getattr(model, str(model.base_model_prefix))
     ignored = set(replicated)
+    for parameter in model.parameters():  # frozen linears may lie by columns (`models/weight_layout.py`)
+        parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
     for layer in layers:
         _shard(layer, mesh, ignored & set(layer.parameters()))
