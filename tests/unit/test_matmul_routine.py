@@ -81,13 +81,18 @@ def test_a_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyP
     assert fastest_routine() in ("onednn", "blas")
 
 
-def test_a_command_keeps_its_routine_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_keeps_its_routine_for_all_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A teacher, a judge or a reward model has a config of its own, and the last one loaded decided."""
     monkeypatch.setattr(matmul_routine, "_measure", lambda: "onednn")
     settle_routine("blas")
     settle_routine_once("auto")
+    settle_routine_once("blas")
+    assert capsys.readouterr().err == ""
     settle_routine_once("onednn")
     assert matmul.routine_in_use() == "blas"
+    assert "model.matmul: onednn is not followed" in capsys.readouterr().err
     settle_routine(resolve_routine("auto"))  # the next command of this process
     assert matmul.routine_in_use() == "onednn"
 

@@ -100,7 +100,7 @@ class _Row:
     prompt_slots: int
     """Slots of the cache that its prompt takes."""
     slots: int
-    """Slots that are its own: the prompt and the tokens so far, without the last."""
+    """Slots of the cache with keys of this row: the prompt and the tokens so far, without the last."""
     last_token: int
     """The token that predicts the next one."""
     tokens: list[int] = field(default_factory=list)

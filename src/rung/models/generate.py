@@ -111,7 +111,7 @@ def _generate(
     options: _Options,
     begun: Sequence[Sequence[int]] | None = None,
 ) -> list[GeneratedAnswer]:
-    """`generate` with at most `limits` new tokens for each prompt, of which `begun` are the last: answers so far."""
+    """`generate` with at most `limits[i]` new tokens for prompt i, whose last tokens `begun[i]` are of an answer."""
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     id_count = policy.base.vocab_size + policy.method.inserted_tokens

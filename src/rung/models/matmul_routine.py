@@ -19,9 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rung.console import print_status
 from rung.errors import CheckpointError, ConfigError
 from rung.files import cache_folder, write_text
-from rung.models.matmul import Routine, has_onednn, onednn_linear, use_routine
+from rung.models.matmul import Routine, has_onednn, onednn_linear, routine_in_use, use_routine
 
 PROBES = ((256, 576, 1536), (256, 1536, 576), (256, 576, 2048), (24, 576, 1536))
 """Rows, inputs and outputs of the products that are timed: a micro-batch in a block, a tile of the head, and one token
@@ -56,6 +57,10 @@ def settle_routine_once(setting: Setting) -> None:
     """`settle_routine` by the config of a model that is loaded, unless the command has settled it."""
     if not _settled:
         settle_routine(resolve_routine(setting))
+    elif setting not in ("auto", in_use := routine_in_use()):
+        print_status(
+            f"model.matmul: {setting} is not followed: the models of one command share a routine, here {in_use}"
+        )
 
 
 def fastest_routine() -> Routine:

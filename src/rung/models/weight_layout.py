@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ def order_weights(model: nn.Module) -> None:
     """Let frozen float32 linears on the processor lie column by column, and trained ones row by row, as gradients do.
 
     A second call changes nothing.
-    The output head stays: its product with so many columns gains nothing, and an embedding may share it. So does the
-    memory that several models share: each would get a copy of its own.
+    The output head is not moved: its product has so many columns that nothing is gained, and an embedding may share its
+    memory. Weights that several models share are not moved either, because each model would get its own copy.
     """
     if routine_in_use() != "onednn":
         return
@@ -72,7 +73,6 @@ def _release(tensor: Tensor, files: Sequence[range]) -> None:
     """Let the pages of a tensor that shows a file leave memory, which would hold both copies until the process ends."""
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     if any(start in file and end <= file.stop for file in files):
-        page = 4096
-        first, last = -(-start // page) * page, end // page * page
+        first, last = -(-start // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
         # a refusal costs memory and nothing else
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(0, last - first)), _PAGE_OUT)
