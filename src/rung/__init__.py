@@ -26,6 +26,8 @@ _MODULES = {
     "commands.climb": ("climb",),
     "commands.compare": ("compare",),
     "commands.evaluate": ("evaluate",),
+    "commands.export": ("ExportRequest", "export"),
+    "commands.export_gguf": ("GgufRequest",),
     "commands.forgetting": ("measure_forgetting",),
     "commands.generate": ("GenerateRequest", "generate"),
     "commands.merge": ("merge",),
@@ -55,7 +57,8 @@ _MODULES = {
     "models.generate": ("Sampling",),
     "planning.advise": ("Advice",),
     "results": (
-        *("ComparisonResult", "Estimate", "EvaluationResult", "ForgettingComparison", "FuseResult", "GateResult"),
+        *("ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile", "ForgettingComparison"),
+        *("FuseResult", "GateResult"),
         *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "RunResult"),
     ),
     "runs.load": ("LoadedRun", "load"),

@@ -3,6 +3,9 @@
 from rung.commands.climb import climb as climb
 from rung.commands.compare import compare as compare
 from rung.commands.evaluate import evaluate as evaluate
+from rung.commands.export import ExportRequest as ExportRequest
+from rung.commands.export import export as export
+from rung.commands.export_gguf import GgufRequest as GgufRequest
 from rung.commands.forgetting import measure_forgetting as measure_forgetting
 from rung.commands.generate import GenerateRequest as GenerateRequest
 from rung.commands.generate import generate as generate
@@ -64,6 +67,8 @@ from rung.planning.advise import Advice as Advice
 from rung.results import ComparisonResult as ComparisonResult
 from rung.results import Estimate as Estimate
 from rung.results import EvaluationResult as EvaluationResult
+from rung.results import ExportedFile as ExportedFile
+from rung.results import ExportResult as ExportResult
 from rung.results import ForgettingComparison as ForgettingComparison
 from rung.results import FuseResult as FuseResult
 from rung.results import GateResult as GateResult

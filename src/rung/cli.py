@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -284,6 +284,35 @@ def merge(
     if original:
         lines.append(f"largest difference to the run on its quantized base: {result.moved_from_run:.2e}")
     _show(result.to_json(), lines, as_json)
+
+
+@app.command()
+def export(
+    target: Run,
+    folder: Annotated[Path, typer.Argument(help="Output folder, which must not exist.")],
+    kind: Annotated[
+        Literal["gguf", "ollama", "vllm", "merged"], typer.Option("--as", help="Form of the export.")
+    ] = "gguf",
+    types: Annotated[
+        str, typer.Option("--type", help="Types of GGUF files, with commas: f32, f16, q8_0, q6_k, q4_k_m, q4_0, ...")
+    ] = "q8_0",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write only the LoRA, as a GGUF adapter for its base.")
+    ] = False,
+    measure: Annotated[
+        int | None, typer.Option(min=1, help="Test questions that each GGUF file answers in llama.cpp.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run or a base for llama.cpp, Ollama, vLLM or transformers, with a model card, and prove the result."""
+    from rung.commands.export import ExportRequest
+    from rung.commands.export import export as export_run
+    from rung.commands.export_gguf import GgufRequest
+    from rung.report.tables import export_lines
+
+    gguf = GgufRequest(tuple(name.strip() for name in types.split(",") if name.strip()), adapter, measure)
+    result = export_run(target, folder, ExportRequest(kind, gguf))
+    _show(result.to_json(), export_lines(result), as_json)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def reporting_write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        hint = "free some disk space and use --resume"
+        hint = "free some disk space, then run the command again (rung train and rung climb: with --resume)"
         raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
 
 

@@ -432,6 +432,44 @@ class MergeResult(Result):
     """Merged shard by shard: safetensors files written."""
 
 
+class ExportedFile(Result):
+    """One file of an export, what proves it, and what it scores where that was measured."""
+
+    file: str
+    type: str
+    """For example q4_k_m; `adapter` for a LoRA."""
+    bytes: int
+    kinds: dict[str, int] = {}
+    """Bytes of the matrices by the numbers they are stored in: a q4_k_m of a narrow model is mostly Q5_0."""
+    gate: GateResult
+    """`publish.gguf`; not_reached without llama.cpp."""
+    largest_difference: float | None = None
+    """Of the log-probabilities of the most probable tokens to those of the run, in nats."""
+    mean_difference: float | None = None
+    """The same, weighted by the run's probabilities."""
+    table_difference: float | None = None
+    """Largest difference to the run with GELU from ggml's table in float16, where the model has GELU."""
+    scores: dict[str, MetricComparison] = {}
+    """By metric, with --measure: `before` is the run."""
+    seconds_per_query: float | None = None
+
+
+class ExportResult(Result):
+    """A run in the form of another tool."""
+
+    path: str
+    kind: str
+    """gguf, ollama, vllm or merged."""
+    files: tuple[ExportedFile, ...] = ()
+    commands: tuple[str, ...] = ()
+    """How the result is used."""
+    notes: tuple[str, ...] = ()
+    questions: int | None = None
+    """Test questions of --measure."""
+    run_seconds_per_query: float | None = None
+    """Of the run itself, in Rung and in batches."""
+
+
 class FuseResult(Result):
     """Several runs combined into one."""
 

@@ -49,7 +49,8 @@ def test_memory_does_not_follow_the_number_of_questions(verb: str, config: Path,
 MERGE = """
 import sys, threading, torch
 from pathlib import Path
-from rung.commands.merge_shards import LoraUpdate, merge_shards
+from rung.commands.merge_shards import merge_shards
+from rung.exporting.weights import LoraUpdate
 base, target, repeats = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 draw = torch.Generator().manual_seed(0)
 updates = {
@@ -136,3 +137,46 @@ def test_a_base_is_quantized_without_being_held(tmp_path: Path, tiny_tokenizer: 
     # Half a byte a parameter and its scales, and room for a matrix of 4 MB and its copies.
     assert streamed < 0.54 * parameters + 30 * MEGABYTE, streamed
     assert whole > streamed + parameters, "loaded as a whole, the base is two bytes a parameter before it shrinks"
+
+
+EXPORT = """
+import json, sys, threading
+from pathlib import Path
+from gguf import TokenType
+from rung.exporting.gguf_file import GgufModel
+from rung.exporting.gguf_vocabulary import GgufVocabulary
+from rung.exporting.quantization import FILE_TYPES
+from rung.exporting.weights import ModelWeights
+from rung.models.load import load_model_config
+def held():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+folder = Path(sys.argv[1])
+tokens, types = [str(i).encode() for i in range(320)], [TokenType.NORMAL] * 320
+vocabulary = GgufVocabulary("gpt2", "gpt-2", tokens, types, [], [], {"eos": 2}, False, False, None)
+seen, done, before = [], threading.Event(), held()
+def watch():
+    while not done.wait(0.002):
+        seen.append(held())
+thread = threading.Thread(target=watch)
+thread.start()
+GgufModel(ModelWeights(folder), load_model_config(folder), vocabulary, {}).write(folder / "x.gguf", FILE_TYPES["q8_0"])
+done.set()
+thread.join()
+print(max(seen) - before)
+"""
+
+
+def test_an_export_holds_blocks_and_no_model(tmp_path: Path) -> None:
+    """Two layers and eight, 38 MB of weights each; the files are mapped, and a block of 32 MiB is converted at once."""
+    held = []
+    for layers in (2, 8):
+        folder = tmp_path / f"base-{layers}"
+        changes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 8}
+        tiny_model("qwen2", num_hidden_layers=layers, dtype=torch.bfloat16, **changes).save_pretrained(folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+        command = [sys.executable, "-c", EXPORT, str(folder)]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr
+        held.append(int(out.stdout.splitlines()[-1]))
+        shutil.rmtree(folder)
+    assert max(held) < 200 * MEGABYTE and held[1] - held[0] < 32 * MEGABYTE, [h // MEGABYTE for h in held]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from builders import documents, policy_of, tuned
 from models import tiny_model
-from rung.commands.merge_shards import read_updates
 from rung.errors import CheckpointError
+from rung.exporting.weights import read_updates
 from rung.methods.adapter_merging import (
     LowRankFactors,
     combine,

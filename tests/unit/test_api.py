@@ -14,7 +14,7 @@ import rung
 
 PUBLIC = {
     "functions": [
-        *("climb", "compare", "evaluate", "fuse", "generate", "load", "load_config", "measure_forgetting"),
+        *("climb", "compare", "evaluate", "export", "fuse", "generate", "load", "load_config", "measure_forgetting"),
         *("merge", "plan", "train"),
     ],
     "config classes": [
@@ -26,9 +26,10 @@ PUBLIC = {
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
     ],
-    "requests": ["FusePlan", "GenerateRequest", "Message", "Sampling"],
+    "requests": ["ExportRequest", "FusePlan", "GenerateRequest", "GgufRequest", "Message", "Sampling"],
     "results": [
-        *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ForgettingComparison", "FuseResult"),
+        *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
+        *("ForgettingComparison", "FuseResult"),
         *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
     ],
     "errors": [

@@ -16,17 +16,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rung.commands.merge_shards import merge_shards, read_updates
+from rung.commands.merge_shards import merge_shards
 from rung.config.method import LoraConfig, LowRankConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError, GateError, PlanError
+from rung.exporting.weights import read_updates
 from rung.files import require_undamaged, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
-from rung.models.base_model import BaseModel, fingerprint
-from rung.models.load import base_files
+from rung.models.base_model import BaseModel
+from rung.models.load import base_files, stored_fingerprint
 from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
 from rung.planning.memory import BASELINE_RSS
@@ -141,7 +142,7 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
         raise PlanError(summary, where=str(run), given=config.model.name)
     require_undamaged(run / "adapter")
     # The model is never loaded here, so the files themselves are compared with the run's base.
-    if fingerprint(base, None) != manifest["fingerprints"]["base"]:
+    if stored_fingerprint(config.model) != manifest["fingerprints"]["base"]:
         raise CheckpointError("this adapter was trained on another base", where=str(run), given=str(base))
     updates, chat = read_updates(run / "adapter"), saved_chat(run)
     check_prompt(run / "adapter", chat)

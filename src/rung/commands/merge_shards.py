@@ -4,8 +4,6 @@ The result is that of a merge of the whole model: float32 under the base's own t
 answers every matrix is read back and compared with W + s B A in float64, within the bound of float32 rounding. Only a
 plain LoRA on safetensors files can be merged in this way; everything else needs the model. `merge.py` calls it for
 `--by-shard` and for models that do not fit into memory.
-
-Suffixes: O outputs, I inputs, R ranks.
 """
 
 from __future__ import annotations
@@ -14,76 +12,15 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from rung.errors import GateError, PlanError
+from rung.errors import GateError
+from rung.exporting.weights import INDEX, LoraUpdate, ModelWeights, model_files
 from rung.files import safetensors_header
-from rung.methods.adapter_files import CONFIG, lora_updates, other_than_plain_lora, read_state
 from rung.training.run_folder import Gate, read_json
-
-FLOAT32_ROUNDOFF = 2.0**-24
-"""Relative error of one rounding in float32: half a unit in the last place."""
-ROWS_PER_PROOF = 512
-"""Rows of a matrix that are compared at once: the comparison is in float64 and needs several copies."""
-INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraUpdate:
-    """The update scale * first @ second of one weight: B A, or its transpose if the base keeps [I, O] (GPT-2)."""
-
-    first: Tensor
-    second: Tensor
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the weight that the update is added to."""
-        return len(self.first), self.second.shape[1]
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        """The merged weight, float32."""
-        return torch.addmm(weight.float(), self.first, self.second, alpha=self.scale)
-
-    def error(self, before: Tensor, after: Tensor) -> float:
-        """The largest error of `after`, in float64, over the rounding allowed at that entry; infinite if one is NaN.
-
-        A sum of R products and a weight, each rounded, is off by at most R + 2 roundings of the sum of their sizes
-        (Higham 2002, section 3.1).
-        """
-        first, second = self.first.double(), self.second.double()
-        allowed = FLOAT32_ROUNDOFF * (len(second) + 2)
-        worst = 0.0
-        for start in range(0, len(before), ROWS_PER_PROOF):
-            rows = slice(start, start + ROWS_PER_PROOF)
-            before_rows, first_rows = before[rows].double(), first[rows]
-            error = (after[rows].double() - (before_rows + self.scale * (first_rows @ second))).abs()
-            size = before_rows.abs() + abs(self.scale) * (first_rows.abs() @ second.abs())
-            # clamp_min: an exact zero allows no error at all, and 0 / 0 would count as an infinite one.
-            largest = float((error / (allowed * size).clamp_min(torch.finfo(torch.float32).tiny)).max())
-            # max() would drop a NaN, since every comparison with it is false.
-            worst = max(worst, largest) if math.isfinite(largest) else math.inf
-        return worst
-
-
-def read_updates(adapter: Path) -> dict[str, LoraUpdate]:
-    """The updates of a saved adapter by module name.
-
-    Raises `PlanError` for an adapter other than a plain LoRA, `CheckpointError` if parts of it are missing.
-    """
-    config, state = read_json(adapter / CONFIG), read_state(adapter)
-    if (other := other_than_plain_lora(state, config)) is not None:
-        raise PlanError("only a plain LoRA can be merged shard by shard", where=str(adapter), given=other)
-    updates = {}
-    for module, saved in lora_updates(state, config, str(adapter)).items():
-        a_RI, b_OR = saved.a_RI.float(), saved.b_OR.float()
-        updates[module] = LoraUpdate(*((a_RI.T, b_OR.T) if saved.transposed else (b_OR, a_RI)), saved.scale)
-    return updates
 
 
 def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) -> tuple[Gate, float]:
@@ -92,8 +29,8 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
     `base` is a folder with config.json and safetensors. Raises `PlanError` if its names or shapes are not those of the
     adapter, `GateError` if nothing was learned or a tensor has changed that should not.
     """
-    files = _files(base)
-    _require_matching_shapes(base, files, updates)
+    files = model_files(base)
+    ModelWeights(base, updates)  # which refuses updates of other names or shapes
     largest_error = largest_change = 0.0
     for file in files:
         _merge(file, updates, target / file.name)
@@ -111,21 +48,6 @@ def merge_shards(base: Path, updates: Mapping[str, LoraUpdate], target: Path) ->
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return Gate.at_most("publish.shards", largest_error, 1.0), largest_change
-
-
-def _files(base: Path) -> list[Path]:
-    """The files that transformers reads: others in the folder may hold the same weights under other names."""
-    if (base / INDEX).exists():
-        return sorted({base / name for name in read_json(base / INDEX)["weight_map"].values()})
-    return [base / SINGLE_FILE] if (base / SINGLE_FILE).exists() else sorted(base.glob("*.safetensors"))
-
-
-def _require_matching_shapes(base: Path, files: list[Path], updates: Mapping[str, LoraUpdate]) -> None:
-    shapes = {name: tuple(shape) for file in files for name, _, shape in _headers(file)}
-    problem = "the base's files name their tensors otherwise: it can only be merged whole"
-    for module, update in updates.items():
-        if shapes.get(f"{module}.weight") != update.shape:
-            raise PlanError(problem, where=str(base), given=f"{module}: {shapes.get(f'{module}.weight')}")
 
 
 def _headers(file: Path) -> Iterator[tuple[str, str, list[int]]]:

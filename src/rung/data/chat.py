@@ -180,6 +180,10 @@ class ChatTemplate:
         self.check_bos(ids, "the prompt")
         return ids
 
+    def prompt_text(self, turns: Sequence[Message], *, opens_answer: bool = True) -> str:
+        """The text of a conversation as the template writes it, with the opening of the answer or without it."""
+        return self._render(turns, generation=opens_answer)
+
     def assistant_text(self, ids: Sequence[int]) -> str:
         """Generated ids as the text of the turn: cut at the first stop, without what the template writes around it."""
         # a base model may end a text its own way before tuning

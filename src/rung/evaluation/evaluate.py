@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,25 +148,39 @@ def evaluate(
     answer, or, where only perplexity is measured, the time to read the expected answer.
     Raises `DataError` for records without a question under metrics that need one.
     """
-    metrics = {name: METRICS[name].function for name in config.metrics if name != PERPLEXITY}
     require_questions(records)
     # virtual tokens take positions of the context too
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
-    expected_calls: list[str | None] = [None] * len(records)
     answers, stopped, seconds = [ParsedAnswer("")] * len(records), [True] * len(records), 0.0
-    if metrics:
+    if any(name != PERPLEXITY for name in config.metrics):
         # before anything is generated: a template whose calls cannot be compared would score 0 for every model
-        expected_calls = [chat.expected_calls(record) for record in records]
+        for record in records:
+            chat.expected_calls(record)
         # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
-    nats: Sequence[tuple[float | None, int | None]] = [(None, None)] * len(records)
-    if PERPLEXITY in config.metrics:
-        start_time = time.perf_counter()
-        nats = _answer_nats(policy, chat, records, prompts)
-        # generation is what a user waits for; reading counts only where nothing is generated
-        seconds = seconds or time.perf_counter() - start_time
+    scored = score_answers(chat, records, prompts, list(zip(answers, stopped, strict=True)), seconds, config.metrics)
+    if PERPLEXITY not in config.metrics:
+        return scored
+    start_time = time.perf_counter()
+    nats = _answer_nats(policy, chat, records, prompts)
+    # generation is what a user waits for; reading counts only where nothing is generated
+    seconds = seconds or time.perf_counter() - start_time
+    items = tuple(replace(i, nats=n, answer_tokens=tokens) for i, (n, tokens) in zip(scored.items, nats, strict=True))
+    return Evaluation(items, seconds / max(1, len(items)), config.metrics)
+
+
+def score_answers(
+    chat: ChatTemplate,
+    records: Sequence[Record],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[tuple[ParsedAnswer, bool]],
+    seconds: float,
+    metrics: Sequence[MetricName],
+) -> Evaluation:
+    """Scores of answers that are there already, each with whether the model ended it; perplexity needs a model."""
+    functions = {name: METRICS[name].function for name in metrics if name != PERPLEXITY}
     items = tuple(
         ScoredItem(
             source=str(record.source),
@@ -177,18 +191,14 @@ def evaluate(
             answer=answer.text,
             references=record.references,
             reasoning=answer.reasoning,
-            scores=_scores(chat, metrics, answer.text, record, calls),
+            scores=_scores(chat, functions, answer.text, record, chat.expected_calls(record)) if functions else {},
             prompt_tokens=len(prompt),
-            stopped=ended,
-            nats=likelihood[0],
-            answer_tokens=likelihood[1],
+            stopped=stopped,
         )
-        for record, prompt, answer, calls, ended, likelihood in zip(
-            *(records, prompts, answers, expected_calls, stopped, nats), strict=True
-        )
+        for record, prompt, (answer, stopped) in zip(records, prompts, answers, strict=True)
     )
     # max: no division by zero for an empty split
-    return Evaluation(items, seconds / max(1, len(items)), config.metrics)
+    return Evaluation(items, seconds / max(1, len(items)), tuple(metrics))
 
 
 def _scores(
@@ -257,7 +267,7 @@ def _generate_answers(
 @torch.no_grad()
 def _answer_nats(
     policy: Policy, chat: ChatTemplate, records: Sequence[Record], prompts: Sequence[list[int]]
-) -> Sequence[tuple[float | None, int | None]]:
+) -> Sequence[tuple[float, int]]:
     """Nats and tokens of each expected answer with its stop, given its prompt."""
     examples = []
     for record, prompt in zip(records, prompts, strict=True):

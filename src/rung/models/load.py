@@ -156,13 +156,26 @@ def _set_known_template(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 
 
 def base_files(config: ModelConfig) -> Path | None:
-    """The folder with a base's safetensors files; None for a hub id, a GGUF file or a student."""
+    """The folder with a base's safetensors files; None for a hub id, a student or an adapter."""
     source = None if config.student_of is not None else _resolve_name(config.name)
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) or (is_adapter_folder(source) and not is_run_folder(source)):
         return None
     converted = _converted(source)
     folder = source / "model" if is_run_folder(source) else Path(converted)
     return folder if any(folder.glob("*.safetensors")) else None
+
+
+def stored_fingerprint(config: ModelConfig) -> str | None:
+    """The fingerprint that loading a folder or GGUF file would give; None for bases that are made of others."""
+    source = None if config.student_of is not None else _resolve_name(config.name)
+    if not isinstance(source, Path) or is_run_folder(source) or is_adapter_folder(source):
+        return None
+    return fingerprint(source, None)
+
+
+def load_model_config(folder: Path) -> Any:
+    """The transformers config of a model folder, with the defaults of its architecture."""
+    return _from_pretrained(AutoConfig, folder, None)
 
 
 def _resolve_name(name: str, revision: str | None = None) -> Path | str:

@@ -19,6 +19,7 @@ from rung import results
 from rung.console import add_text_row, plain
 from rung.report import summaries
 from rung.report.formatting import (
+    MISSING,
     decimals,
     empty_table,
     format_bytes,
@@ -64,6 +65,41 @@ def _retrieval_lines(rows: Sequence[results.LadderRow]) -> list[str]:
             rungs.setdefault(summaries.retrieved_text(row.retrieval), []).append(row.rung)
     statement = "the right passage is among those retrieved for"
     return [f"{', '.join(names)}: {statement} {text}" for text, names in rungs.items()]
+
+
+def export_lines(result: results.ExportResult) -> list[str]:
+    """The files of an export with their proof and their scores, and how they are used."""
+    lines = [f"exported to {result.path}", *result.notes]
+    if result.files:
+        lines += ["", *render_lines(lambda _: [_export_table(result)])]
+        if any(file.largest_difference is not None for file in result.files):
+            lines.append("largest and mean difference of log-probabilities in llama.cpp to the run, in nats")
+    if result.questions is not None:
+        seconds = format_significant(result.run_seconds_per_query or 0.0)
+        lines.append(
+            f"{result.questions} test questions, one at a time; the run answers one in {seconds} s, in batches"
+        )
+    return [*lines, "", *result.commands]
+
+
+def _export_table(result: results.ExportResult) -> Table:
+    """One row a file: size, proof, and with --measure its score beside the run's."""
+    metric = next((name for file in result.files for name in file.scores), None)
+    heads = ["type", "size", "largest", "mean", *([metric, "to the run", "s/query"] if metric else [])]
+    table = empty_table(heads, gap=2)
+    if metric:
+        before = result.files[0].scores[metric].before
+        table.add_row(*map(plain, ["the run", "", "", "", format_estimate(before), "", ""]))
+    for file in result.files:
+        numbers = (file.largest_difference, file.mean_difference)
+        cells = [file.type, format_bytes(file.bytes)]
+        cells += [MISSING if x is None else format_significant(x) for x in numbers]
+        if metric:
+            score = file.scores[metric]
+            cells += [format_estimate(score.after), format_estimate(score.difference, signed=True)]
+            cells.append(format_significant(file.seconds_per_query or 0.0))
+        table.add_row(*map(plain, cells))
+    return table
 
 
 def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:

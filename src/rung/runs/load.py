@@ -267,9 +267,10 @@ def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate,
 
 
 def saved_chat(run: Path) -> ChatTemplate:
-    """The template that a finished run with an adapter was trained with; its base is not loaded."""
+    """The template that a finished run was trained with; no weights are loaded."""
     tokenizer = load_tokenizer(ModelConfig(name=str(run)))
-    return ChatTemplate(tokenizer, end_ids=saved_end_ids(run / "adapter"))
+    artifact = run / ("model" if (run / "model").is_dir() else "adapter")
+    return ChatTemplate(tokenizer, end_ids=saved_end_ids(artifact))
 
 
 def share_base_if_same(run: Path, base: BaseModel | None) -> BaseModel | None:

@@ -1,0 +1,268 @@
+"""`rung export`: a run as a GGUF file, an Ollama or vLLM folder, or a merged model, each with a model card.
+
+What is written is proved before it gets its name: GGUF files in llama.cpp (`publish.gguf`), merged models in a fresh
+process (`publish.parity`). A failure leaves nothing behind. `cli.py` and `rung.export` call `export`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard
+
+from rung.commands.export_gguf import ExportSource, GgufRequest, write_gguf_files
+from rung.commands.merge import merge
+from rung.config.model_catalog import CATALOG
+from rung.config.run import RunConfig
+from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.evaluation.evaluate import Evaluation
+from rung.exporting import llama_cpp
+from rung.exporting.model_card import CardFacts, model_card
+from rung.exporting.ollama import modelfile, read_frames
+from rung.exporting.quantization import require_writable
+from rung.files import require_undamaged, write_folder, write_text
+from rung.methods.adapter_files import CONFIG
+from rung.models.load import base_files
+from rung.results import ExportedFile, ExportResult
+from rung.runs.load import config_of_run, refuse_climb, target_kind
+from rung.training.run_folder import is_climb, read_json, read_manifest
+
+ExportKind = Literal["gguf", "ollama", "vllm", "merged"]
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is written."""
+
+    kind: ExportKind = "gguf"
+    gguf: GgufRequest = field(default_factory=GgufRequest)
+
+
+def export(target: str | Path, folder: str | Path, request: ExportRequest | None = None) -> ExportResult:
+    """Write a run, or a base, into a new folder in the form of another tool.
+
+    Raises `CheckpointError` for a run that is not finished and for a folder that exists, `PlanError` for what the other
+    tool cannot hold, `GateError` where the written model is not the run.
+    """
+    request, target, folder = request or ExportRequest(), str(target), Path(folder)
+    source = _open_source(target, folder, request)
+    manifest = _manifest_with_scores(Path(target)) if source.config is not None else {}
+    writers = {"gguf": _write_gguf, "ollama": _write_ollama, "vllm": _write_vllm, "merged": _write_merged}
+    return writers[request.kind](source, folder, request, manifest)
+
+
+def _manifest_with_scores(run: Path) -> dict[str, Any]:
+    """The manifest of a run; the rung of a climb has its scores in the ladder."""
+    manifest, climb = read_manifest(run), run.absolute().parent.parent
+    if "scores" in manifest.get("metrics", {}) or run.absolute().parent.name != "rungs" or not is_climb(climb):
+        return manifest
+    rows = read_manifest(climb).get("ladder", {}).get("rows", [])
+    row = next((row for row in rows if Path(row.get("folder") or "").name == run.name), None)
+    if row is None:
+        return manifest
+    measured = {name: row.get(name) for name in ("scores", "prompt_tokens", "seconds_per_query")}
+    return {**manifest, "metrics": {**manifest.get("metrics", {}), **measured}}
+
+
+def _open_source(target: str, folder: Path, request: ExportRequest) -> ExportSource:
+    """Everything that can be refused before a model is loaded."""
+    refuse_climb(target)
+    if target_kind(target) == "server":
+        raise ConfigError("a server cannot be exported", given=target, allowed="a run or a base")
+    if folder.exists():
+        raise CheckpointError("this folder exists already", where=str(folder))
+    is_run = target_kind(target) == "run"
+    config = config_of_run(Path(target)) if is_run else None
+    if config is not None:
+        _require_exportable(target, config)
+    for name in request.gguf.types:
+        require_writable(name)
+    if request.gguf.measure is not None:
+        if config is None:
+            raise ConfigError("a base has no test questions of its own", where="--measure", given=target)
+        if not llama_cpp.is_installed():
+            raise PlanError("answers are measured in llama.cpp", where="--measure", hint="pip install 'rung[export]'")
+    if request.gguf.adapter and (config is None or not (Path(target) / "adapter").is_dir()):
+        raise ConfigError("only a run with an adapter has one to write", where="--adapter", given=target)
+    return ExportSource(target, config)
+
+
+def _require_exportable(target: str, config: RunConfig) -> None:
+    """Raise `CheckpointError` or `PlanError` for a run that no other tool can serve, with what it can be used for."""
+    status, path = read_manifest(Path(target)).get("status"), Path(target)
+    if status != "finished" or not any((path / name).is_dir() for name in ("adapter", "model")):
+        raise CheckpointError(f"this run is not finished (status {status})", where=target, hint="rung train --resume")
+    if config.objective.kind == "reward":
+        hint = "transformers loads its model/ folder for sequence classification; rung eval measures it"
+        raise PlanError("a reward model gives scores and writes nothing", where=target, hint=hint)
+    if config.method.virtual_token_count:
+        hint = "peft loads its adapter/ folder; rung chat and rung generate answer with it"
+        summary = "virtual tokens cannot be merged: they stand in the input, not in the weights"
+        raise PlanError(summary, where=target, given=config.method.kind, hint=hint)
+    if config.method.tasks:
+        hint = "rung chat and rung generate answer with it"
+        raise PlanError(
+            "one file cannot hold an adapter for each task", where=target, given=config.method.kind, hint=hint
+        )
+
+
+def _write_gguf(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+    results: list[ExportResult] = []
+
+    def fill(staging: Path) -> None:
+        files, evaluation = write_gguf_files(source, request.gguf, staging, _name(folder), _facts(source, folder))
+        results.append(_gguf_result(folder, "gguf", files, evaluation, _gguf_commands(folder, files)))
+        _write_card(staging, source, manifest, results[0])
+
+    write_folder(folder, fill)
+    return results[0]
+
+
+def _gguf_result(
+    folder: Path, kind: ExportKind, files: list[ExportedFile], evaluation: Evaluation | None, commands: list[str]
+) -> ExportResult:
+    notes = []
+    if any(file.gate.state == "not_reached" for file in files):
+        notes.append("not proved: llama.cpp is not installed (pip install 'rung[export]')")
+    result = ExportResult(path=str(folder), kind=kind, files=tuple(files), commands=tuple(commands), notes=tuple(notes))
+    if evaluation is None:
+        return result
+    return result.replace(questions=len(evaluation.items), run_seconds_per_query=evaluation.seconds_per_query)
+
+
+def _gguf_commands(folder: Path, files: list[ExportedFile]) -> list[str]:
+    smallest = min(files, key=lambda file: file.bytes)
+    path = shlex.quote(str(folder / smallest.file))
+    if smallest.type == "adapter":
+        return [f"llama-server -m BASE.gguf --lora {path}  # BASE.gguf: rung export of the base"]
+    return [f"llama-server -m {path}  # an OpenAI-compatible server", f"llama-cli -m {path}  # chat in the terminal"]
+
+
+def _write_ollama(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+    if request.gguf.adapter or len(request.gguf.types) > 1:
+        raise ConfigError("an Ollama folder holds one model", where="--as ollama", allowed="one --type, no --adapter")
+    chat = source.chat()
+    bos = None if chat.bos_id is None else str(chat.tokenizer.convert_ids_to_tokens(chat.bos_id))
+    frames = read_frames(lambda turns, opens_answer: chat.prompt_text(turns, opens_answer=opens_answer), bos)
+    results: list[ExportResult] = []
+
+    def fill(staging: Path) -> None:
+        files, evaluation = write_gguf_files(source, request.gguf, staging, _name(folder), _facts(source, folder))
+        stops = [*chat.stop_texts, *(source.config.evaluation.stop if source.config else ())]
+        write_text(staging / "Modelfile", modelfile(files[0].file, frames, stops))
+        name, place = shlex.quote(_name(folder)), shlex.quote(str(folder / "Modelfile"))
+        commands = [f"ollama create {name} -f {place}  # once", f"ollama run {name}  # chat in the terminal"]
+        results.append(_gguf_result(folder, "ollama", files, evaluation, commands))
+        _write_card(staging, source, manifest, results[0])
+
+    write_folder(folder, fill)
+    return results[0]
+
+
+def _write_vllm(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+    """A copy of the adapter or model that vLLM loads as it is."""
+    if source.config is None:
+        raise ConfigError("vLLM loads a base by its own name", where="--as vllm", given=source.target)
+    if source.adapter is not None and source.updates is None:
+        kind = source.config.method.kind
+        hint = f"rung export {source.target} {folder} --as merged"
+        raise PlanError("vLLM serves only a plain LoRA as an adapter", where="--as vllm", given=kind, hint=hint)
+    path, name = shlex.quote(str(folder)), shlex.quote(_name(folder))
+    if source.adapter is None:
+        commands = [f"vllm serve {path}  # an OpenAI-compatible server"]
+    else:
+        rank = _largest_rank(source.adapter)
+        base = shlex.quote(_name_for_vllm(source))
+        options = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={path}"
+        commands = [f"vllm serve {base} {options}  # ask for the model {name}"]
+    artifact = source.adapter or Path(source.target) / "model"
+    require_undamaged(artifact)
+    result = ExportResult(path=str(folder), kind="vllm", commands=tuple(commands))
+
+    def fill(staging: Path) -> None:
+        shutil.copytree(artifact, staging, dirs_exist_ok=True)
+        _write_card(staging, source, manifest, result)
+
+    write_folder(folder, fill)
+    return result
+
+
+def _largest_rank(adapter: Path) -> int:
+    """The smallest --max-lora-rank that holds every matrix. Raises `PlanError` where vLLM has none so large."""
+    config = read_json(adapter / CONFIG)
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if (allowed := next((size for size in VLLM_RANKS if size >= rank), None)) is None:
+        raise PlanError("vLLM has no rank so large", given=rank, allowed=f"up to {VLLM_RANKS[-1]}", hint="--as merged")
+    return allowed
+
+
+def _name_for_vllm(source: ExportSource) -> str:
+    """The base's id on the hub, or the folder of its files."""
+    name = source.model_config.name
+    known = CATALOG.get(name)
+    if known is not None and known.hub_id is not None:
+        return known.hub_id
+    return str(base_files(source.model_config) or name)
+
+
+def _write_merged(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+    """A transformers folder: the merge of an adapter, or a copy of a run that is a whole model."""
+    if source.config is None:
+        raise ConfigError("a base has nothing to merge", where="--as merged", given=source.target)
+    code = "AutoModelForCausalLM.from_pretrained"
+    commands = [f'python -c "from transformers import AutoModelForCausalLM; {code}({str(folder)!r})"  # loads it']
+    commands.append(f"vllm serve {shlex.quote(str(folder))}  # an OpenAI-compatible server")
+    result = ExportResult(path=str(folder), kind="merged", commands=tuple(commands))
+    if source.adapter is None:
+        model = Path(source.target) / "model"
+        require_undamaged(model)
+
+        def fill(staging: Path) -> None:
+            shutil.copytree(model, staging, dirs_exist_ok=True)
+            _write_card(staging, source, manifest, result)
+
+        write_folder(folder, fill)
+        return result
+    merged = merge(Path(source.target), folder)
+    result = result.replace(notes=(f"{merged.measure}: {merged.difference:.2e} (limit {merged.limit:g})",))
+    _write_card(folder, source, manifest, result)
+    return result
+
+
+def _write_card(target: Path, source: ExportSource, manifest: dict[str, Any], result: ExportResult) -> None:
+    base = source.target if source.config is None else source.config.model.student_of or source.config.model.name
+    title = Path(result.path).name
+    license = _license_of_folder(source)
+    facts = CardFacts(title, base, manifest, result.commands, result.files, result.notes, license)
+    write_text(target / "README.md", model_card(facts))
+
+
+def _license_of_folder(source: ExportSource) -> str | None:
+    """The license that the card of the base's own folder names."""
+    card = (base_files(source.model_config) or Path()) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        name = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    # a README of any form
+    except Exception:
+        return None
+    return str(name) if name else None
+
+
+def _name(folder: Path) -> str:
+    return folder.name or "model"
+
+
+def _facts(source: ExportSource, folder: Path) -> dict[str, str]:
+    """General keys of a GGUF file."""
+    base = source.target if source.config is None else source.config.model.name
+    facts = {"name": _name(folder), "description": f"exported by Rung; base {base}"}
+    known = CATALOG.get(base)
+    return {**facts, "license": known.license.lower()} if known is not None else facts
