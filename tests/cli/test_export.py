@@ -104,16 +104,21 @@ def test_a_file_that_is_not_the_run_is_not_left_behind(
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
-def test_without_llama_cpp_it_says_that_nothing_is_proved(
+def test_without_llama_cpp_or_memory_it_says_that_nothing_is_proved(
     run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    code, out, err = inside(capsys, "export", run, tmp_path / "out")
-    assert code == 0, err
-    assert "not proved" in out and "rung[export]" in out
-    assert "nothing proves them" in (tmp_path / "out/README.md").read_text()
-    code, _, err = inside(capsys, "export", run, tmp_path / "other", "--measure", 3)
-    assert code == 3 and "rung[export]" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "is_installed", lambda: False)
+        code, out, err = inside(capsys, "export", run, tmp_path / "out")
+        assert code == 0, err
+        assert "not proved" in out and "rung[export]" in out
+        assert "nothing proves them" in (tmp_path / "out/README.md").read_text()
+        code, _, err = inside(capsys, "export", run, tmp_path / "other", "--measure", 3)
+        assert code == 3 and "rung[export]" in err
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("rung.commands.merge.free_memory", lambda device: 2**20)
+    code, out, err = inside(capsys, "export", run, tmp_path / "small")
+    assert code == 0 and "not proved: the whole model needs" in out, err
 
 
 def test_an_ollama_folder(run: Path, tmp_path: Path, capsys: Any) -> None:

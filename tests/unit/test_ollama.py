@@ -18,6 +18,7 @@ CHATML = (
 )
 TEMPLATES = {
     "chatml": CHATML,
+    "braces of Go's own": CHATML.replace("'<|im_end|>'", "'<{{>'"),
     # Qwen and SmolLM put a system turn of their own in front
     "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
     + CHATML,

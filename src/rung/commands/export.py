@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 
-from rung.commands.export_gguf import ExportSource, GgufRequest, write_gguf_files
+from rung.commands.export_gguf import ExportSource, GgufRequest, no_proof_reason, write_gguf_files
 from rung.commands.merge import merge
 from rung.config.model_catalog import CATALOG
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluation.evaluate import Evaluation
-from rung.exporting import llama_cpp
 from rung.exporting.model_card import CardFacts, model_card
 from rung.exporting.ollama import modelfile, read_frames
 from rung.exporting.quantization import require_writable
@@ -86,8 +85,8 @@ def _open_source(target: str, folder: Path, request: ExportRequest) -> ExportSou
     if request.gguf.measure is not None:
         if config is None:
             raise ConfigError("a base has no test questions of its own", where="--measure", given=target)
-        if not llama_cpp.is_installed():
-            raise PlanError("answers are measured in llama.cpp", where="--measure", hint="pip install 'rung[export]'")
+        if reason := no_proof_reason(ExportSource(target, config)):
+            raise PlanError("nothing can be measured in llama.cpp here", where="--measure", given=reason)
     if request.gguf.adapter and (config is None or not (Path(target) / "adapter").is_dir()):
         raise ConfigError("only a run with an adapter has one to write", where="--adapter", given=target)
     return ExportSource(target, config)
@@ -117,7 +116,8 @@ def _write_gguf(source: ExportSource, folder: Path, request: ExportRequest, mani
 
     def fill(staging: Path) -> None:
         files, evaluation = write_gguf_files(source, request.gguf, staging, _name(folder), _facts(source, folder))
-        results.append(_gguf_result(folder, "gguf", files, evaluation, _gguf_commands(folder, files)))
+        commands = _gguf_commands(folder, files)
+        results.append(_gguf_result(source, folder, "gguf", files, evaluation).replace(commands=tuple(commands)))
         _write_card(staging, source, manifest, results[0])
 
     write_folder(folder, fill)
@@ -125,12 +125,11 @@ def _write_gguf(source: ExportSource, folder: Path, request: ExportRequest, mani
 
 
 def _gguf_result(
-    folder: Path, kind: ExportKind, files: list[ExportedFile], evaluation: Evaluation | None, commands: list[str]
+    source: ExportSource, folder: Path, kind: ExportKind, files: list[ExportedFile], evaluation: Evaluation | None
 ) -> ExportResult:
-    notes = []
-    if any(file.gate.state == "not_reached" for file in files):
-        notes.append("not proved: llama.cpp is not installed (pip install 'rung[export]')")
-    result = ExportResult(path=str(folder), kind=kind, files=tuple(files), commands=tuple(commands), notes=tuple(notes))
+    is_proved = all(file.gate.state == "passed" for file in files)
+    notes = () if is_proved else (f"not proved: {no_proof_reason(source)}",)
+    result = ExportResult(path=str(folder), kind=kind, files=tuple(files), notes=notes)
     if evaluation is None:
         return result
     return result.replace(questions=len(evaluation.items), run_seconds_per_query=evaluation.seconds_per_query)
@@ -158,7 +157,7 @@ def _write_ollama(source: ExportSource, folder: Path, request: ExportRequest, ma
         write_text(staging / "Modelfile", modelfile(files[0].file, frames, stops))
         name, place = shlex.quote(_name(folder)), shlex.quote(str(folder / "Modelfile"))
         commands = [f"ollama create {name} -f {place}  # once", f"ollama run {name}  # chat in the terminal"]
-        results.append(_gguf_result(folder, "ollama", files, evaluation, commands))
+        results.append(_gguf_result(source, folder, "ollama", files, evaluation).replace(commands=tuple(commands)))
         _write_card(staging, source, manifest, results[0])
 
     write_folder(folder, fill)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rung.commands.compare import paired_scores
 from rung.commands.evaluate import evaluation_task
+from rung.commands.merge import memory_shortage
 from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import ProgressBar, print_status, status
@@ -332,9 +333,16 @@ class RunReference:
     task: MeasuredTask | None = None
 
 
-def _reference(source: ExportSource, rows: Sequence[ProofRow], measure: int | None) -> RunReference | None:
-    """Open the run, compute what files are compared with, and let it go. None without llama.cpp."""
+def no_proof_reason(source: ExportSource) -> str | None:
+    """Why files cannot be compared with the run here; None if they can."""
     if not llama_cpp.is_installed():
+        return "llama.cpp is not installed (pip install 'rung[export]')"
+    return memory_shortage(source.model_config)
+
+
+def _reference(source: ExportSource, rows: Sequence[ProofRow], measure: int | None) -> RunReference | None:
+    """Open the run, compute what files are compared with, and let it go. None where nothing can be compared."""
+    if no_proof_reason(source) is not None:
         return None
     with status("computing the run's own log-probabilities"):
         model = source.open()
@@ -354,7 +362,7 @@ class Comparison:
 
     chat: ChatTemplate
     reference: RunReference | None
-    """None without llama.cpp: files are then written and not proved."""
+    """None without llama.cpp or the memory for it: files are then written and not proved."""
     context: int
 
     @property

@@ -18,6 +18,7 @@ import torch
 
 from rung.commands.merge_shards import merge_shards
 from rung.config.method import LoraConfig, LowRankConfig
+from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
@@ -119,16 +120,21 @@ def _require_adapter(run: Path, folder: Path) -> None:
         raise CheckpointError("this folder exists already", where=str(folder))
 
 
-def _needs_shards(run: Path) -> bool:
-    """Whether the base in float32 does not fit into the free memory. The reloaded model needs the same, but later."""
+def memory_shortage(config: ModelConfig) -> str | None:
+    """Why the base in float32 does not fit into the free memory; None if it does, and where that is not known."""
     available = free_memory(torch.device("cpu"))
     # 4 bytes per parameter in float32.
-    needed = 4 * read_shape(config_of_run(run).model).parameters + BASELINE_RSS
+    needed = 4 * read_shape(config).parameters + BASELINE_RSS
     if available is None or needed <= available:
-        return False
-    sizes = f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free"
-    print_status(f"{sizes}: merged tensor by tensor if that can be")
-    return True
+        return None
+    return f"the whole model needs {format_bytes(needed)}, and {format_bytes(available)} are free"
+
+
+def _needs_shards(run: Path) -> bool:
+    """Whether the base does not fit. The reloaded model needs the same memory, but later."""
+    if shortage := memory_shortage(config_of_run(run).model):
+        print_status(f"{shortage}: merged tensor by tensor if that can be")
+    return shortage is not None
 
 
 def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:

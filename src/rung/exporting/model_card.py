@@ -141,7 +141,9 @@ def _written(facts: CardFacts) -> list[str]:
         rows.append((f"`{file.file}`", f"{file.bytes:,}", kinds, *measured))
     proof = "Differences are those of log-probabilities in llama.cpp to the run's own, in nats, on rows of its data."
     if any(file.gate.state == "not_reached" for file in facts.files):
-        proof = "These files were not loaded in llama.cpp when they were written, so nothing proves them."
+        proof = (
+            "These files were not compared with the run in llama.cpp when they were written, so nothing proves them."
+        )
     return ["## Files", _table(heads, rows), proof, *facts.notes]
 
 
