@@ -294,8 +294,9 @@ def export(
         Literal["gguf", "ollama", "vllm", "merged"], typer.Option("--as", help="Form of the export.")
     ] = "gguf",
     types: Annotated[
-        str, typer.Option("--type", help="Types of GGUF files, with commas: f32, f16, q8_0, q6_k, q4_k_m, q4_0, ...")
-    ] = "q8_0",
+        str | None,
+        typer.Option("--type", help="Types of GGUF files: f32, f16, bf16, q8_0 (default), q6_k, q4_k_m, q4_0, ..."),
+    ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the LoRA, as a GGUF adapter for its base.")
     ] = False,
@@ -310,7 +311,9 @@ def export(
     from rung.commands.export_gguf import GgufRequest
     from rung.report.tables import export_lines
 
-    gguf = GgufRequest(tuple(name.strip() for name in types.split(",") if name.strip()), adapter, measure)
+    names = tuple(name.strip() for name in (types or "").split(","))
+    is_given = types is not None or adapter or measure is not None
+    gguf = GgufRequest(names if types is not None else (), adapter, measure) if is_given else None
     result = export_run(target, folder, ExportRequest(kind, gguf))
     _show(result.to_json(), export_lines(result), as_json)
 

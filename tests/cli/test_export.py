@@ -177,6 +177,11 @@ def test_bad_input(run: Path, tmp_path: Path, tiny_base: Path, capsys: Any, monk
     assert refused(tmp_path / "nowhere", out)[0] == 2
     assert refused("http://localhost:1/v1", out)[0] == 2
     assert "exists already" in refused(run, run)[1]
+    for option in (["--type", "f16"], ["--adapter"], ["--measure", 3]):
+        code, err = refused(run, out, "--as", "merged", *option)
+        assert code == 2 and "no GGUF file" in err
+    assert "f32" in refused(run, out, "--adapter", "--type", "f16")[1]
+    assert refused(run, out, "--type", "f16,")[0] == refused(run, out, "--type", "")[0] == 3
     assert "its own" in refused(tiny_base, out, "--measure", 3)[1]
     assert "adapter" in refused(tiny_base, out, "--adapter")[1]
     with monkeypatch.context() as patch:

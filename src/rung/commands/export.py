@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,8 @@ class ExportRequest:
     """What is written."""
 
     kind: ExportKind = "gguf"
-    gguf: GgufRequest = field(default_factory=GgufRequest)
+    gguf: GgufRequest | None = None
+    """Only for `gguf` and `ollama`."""
 
 
 def export(target: str | Path, folder: str | Path, request: ExportRequest | None = None) -> ExportResult:
@@ -50,10 +51,26 @@ def export(target: str | Path, folder: str | Path, request: ExportRequest | None
     tool cannot hold, `GateError` where the written model is not the run.
     """
     request, target, folder = request or ExportRequest(), str(target), Path(folder)
-    source = _open_source(target, folder, request)
+    gguf = request.gguf or GgufRequest()
+    _require_matching_options(request)
+    source = _open_source(target, folder, gguf)
     manifest = _manifest_with_scores(Path(target)) if source.config is not None else {}
-    writers = {"gguf": _write_gguf, "ollama": _write_ollama, "vllm": _write_vllm, "merged": _write_merged}
-    return writers[request.kind](source, folder, request, manifest)
+    if request.kind in ("vllm", "merged"):
+        write = _write_vllm if request.kind == "vllm" else _write_merged
+        return write(source, folder, manifest)
+    return (_write_ollama if request.kind == "ollama" else _write_gguf)(source, folder, gguf, manifest)
+
+
+def _require_matching_options(request: ExportRequest) -> None:
+    """Raise `ConfigError` for options that the kind of export would not follow."""
+    gguf = request.gguf
+    if gguf is not None and request.kind in ("vllm", "merged"):
+        summary = f"--as {request.kind} writes no GGUF file"
+        raise ConfigError(summary, where="--type, --adapter, --measure", allowed="--as gguf, or --as ollama")
+    if gguf is not None and gguf.adapter and gguf.types:
+        raise ConfigError("an adapter is written in f32", where="--type", hint="leave --type out")
+    if request.kind == "ollama" and gguf is not None and (gguf.adapter or len(gguf.types) > 1):
+        raise ConfigError("an Ollama folder holds one model", where="--as ollama", allowed="one --type, no --adapter")
 
 
 def _manifest_with_scores(run: Path) -> dict[str, Any]:
@@ -69,7 +86,7 @@ def _manifest_with_scores(run: Path) -> dict[str, Any]:
     return {**manifest, "metrics": {**manifest.get("metrics", {}), **measured}}
 
 
-def _open_source(target: str, folder: Path, request: ExportRequest) -> ExportSource:
+def _open_source(target: str, folder: Path, gguf: GgufRequest) -> ExportSource:
     """Everything that can be refused before a model is loaded."""
     refuse_climb(target)
     if target_kind(target) == "server":
@@ -80,14 +97,14 @@ def _open_source(target: str, folder: Path, request: ExportRequest) -> ExportSou
     config = config_of_run(Path(target)) if is_run else None
     if config is not None:
         _require_exportable(target, config)
-    for name in request.gguf.types:
+    for name in gguf.types:
         require_writable(name)
-    if request.gguf.measure is not None:
+    if gguf.measure is not None:
         if config is None:
             raise ConfigError("a base has no test questions of its own", where="--measure", given=target)
         if reason := no_proof_reason(ExportSource(target, config)):
             raise PlanError("nothing can be measured in llama.cpp here", where="--measure", given=reason)
-    if request.gguf.adapter and (config is None or not (Path(target) / "adapter").is_dir()):
+    if gguf.adapter and (config is None or not (Path(target) / "adapter").is_dir()):
         raise ConfigError("only a run with an adapter has one to write", where="--adapter", given=target)
     return ExportSource(target, config)
 
@@ -111,11 +128,11 @@ def _require_exportable(target: str, config: RunConfig) -> None:
         )
 
 
-def _write_gguf(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+def _write_gguf(source: ExportSource, folder: Path, request: GgufRequest, manifest: dict[str, Any]) -> ExportResult:
     results: list[ExportResult] = []
 
     def fill(staging: Path) -> None:
-        files, evaluation = write_gguf_files(source, request.gguf, staging, _name(folder), _facts(source, folder))
+        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source, folder))
         commands = _gguf_commands(folder, files)
         results.append(_gguf_result(source, folder, "gguf", files, evaluation).replace(commands=tuple(commands)))
         _write_card(staging, source, manifest, results[0])
@@ -143,16 +160,14 @@ def _gguf_commands(folder: Path, files: list[ExportedFile]) -> list[str]:
     return [f"llama-server -m {path}  # an OpenAI-compatible server", f"llama-cli -m {path}  # chat in the terminal"]
 
 
-def _write_ollama(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
-    if request.gguf.adapter or len(request.gguf.types) > 1:
-        raise ConfigError("an Ollama folder holds one model", where="--as ollama", allowed="one --type, no --adapter")
+def _write_ollama(source: ExportSource, folder: Path, request: GgufRequest, manifest: dict[str, Any]) -> ExportResult:
     chat = source.chat()
     bos = None if chat.bos_id is None else str(chat.tokenizer.convert_ids_to_tokens(chat.bos_id))
     frames = read_frames(lambda turns, opens_answer: chat.prompt_text(turns, opens_answer=opens_answer), bos)
     results: list[ExportResult] = []
 
     def fill(staging: Path) -> None:
-        files, evaluation = write_gguf_files(source, request.gguf, staging, _name(folder), _facts(source, folder))
+        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source, folder))
         stops = [*chat.stop_texts, *(source.config.evaluation.stop if source.config else ())]
         write_text(staging / "Modelfile", modelfile(files[0].file, frames, stops))
         name, place = shlex.quote(_name(folder)), shlex.quote(str(folder / "Modelfile"))
@@ -164,7 +179,7 @@ def _write_ollama(source: ExportSource, folder: Path, request: ExportRequest, ma
     return results[0]
 
 
-def _write_vllm(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) -> ExportResult:
     """A copy of the adapter or model that vLLM loads as it is."""
     if source.config is None:
         raise ConfigError("vLLM loads a base by its own name", where="--as vllm", given=source.target)
@@ -174,12 +189,13 @@ def _write_vllm(source: ExportSource, folder: Path, request: ExportRequest, mani
         raise PlanError("vLLM serves only a plain LoRA as an adapter", where="--as vllm", given=kind, hint=hint)
     path, name = shlex.quote(str(folder)), shlex.quote(_name(folder))
     if source.adapter is None:
-        commands = [f"vllm serve {path}  # an OpenAI-compatible server"]
+        commands = [f"vllm serve {path}  # an OpenAI-compatible server", _load_command(str(folder))]
     else:
         rank = _largest_rank(source.adapter)
-        base = shlex.quote(_name_for_vllm(source))
+        base = _loadable_name(source)
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={path}"
-        commands = [f"vllm serve {base} {options}  # ask for the model {name}"]
+        commands = [f"vllm serve {shlex.quote(base)} {options}  # ask for the model {name}"]
+        commands.append(_load_command(base, adapter=str(folder)))
     artifact = source.adapter or Path(source.target) / "model"
     require_undamaged(artifact)
     result = ExportResult(path=str(folder), kind="vllm", commands=tuple(commands))
@@ -201,7 +217,7 @@ def _largest_rank(adapter: Path) -> int:
     return allowed
 
 
-def _name_for_vllm(source: ExportSource) -> str:
+def _loadable_name(source: ExportSource) -> str:
     """The base's id on the hub, or the folder of its files."""
     name = source.model_config.name
     known = CATALOG.get(name)
@@ -210,13 +226,22 @@ def _name_for_vllm(source: ExportSource) -> str:
     return str(base_files(source.model_config) or name)
 
 
-def _write_merged(source: ExportSource, folder: Path, request: ExportRequest, manifest: dict[str, Any]) -> ExportResult:
+def _load_command(model: str, adapter: str | None = None) -> str:
+    """How transformers loads a model, or peft an adapter on it."""
+    load = f"AutoModelForCausalLM.from_pretrained({model!r})"
+    imports = "from transformers import AutoModelForCausalLM"
+    if adapter is None:
+        return f'python -c "{imports}; {load}"  # in transformers'
+    return (
+        f'python -c "{imports}; from peft import PeftModel; PeftModel.from_pretrained({load}, {adapter!r})"  # in peft'
+    )
+
+
+def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) -> ExportResult:
     """A transformers folder: the merge of an adapter, or a copy of a run that is a whole model."""
     if source.config is None:
         raise ConfigError("a base has nothing to merge", where="--as merged", given=source.target)
-    code = "AutoModelForCausalLM.from_pretrained"
-    commands = [f'python -c "from transformers import AutoModelForCausalLM; {code}({str(folder)!r})"  # loads it']
-    commands.append(f"vllm serve {shlex.quote(str(folder))}  # an OpenAI-compatible server")
+    commands = [_load_command(str(folder)), f"vllm serve {shlex.quote(str(folder))}  # an OpenAI-compatible server"]
     result = ExportResult(path=str(folder), kind="merged", commands=tuple(commands))
     if source.adapter is None:
         model = Path(source.target) / "model"

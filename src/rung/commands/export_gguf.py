@@ -71,6 +71,7 @@ from rung.training.gates import enforce
 from rung.training.run_folder import read_json, read_manifest
 from rung.types import Message, Record, Source
 
+DEFAULT_TYPE = "q8_0"
 PROOF_ROWS = 6
 """Rows on which a file is compared with the run: about a hundred positions."""
 CANDIDATE_ROWS = 64
@@ -87,7 +88,8 @@ FREE_SHARE = 1.02
 class GgufRequest:
     """Which files are written."""
 
-    types: tuple[str, ...] = ("q8_0",)
+    types: tuple[str, ...] = ()
+    """Names of `FILE_TYPES`; none is q8_0, which costs no score that can be measured and half the bytes of f16."""
     adapter: bool = False
     """Only the LoRA, as an adapter for the base in GGUF."""
     measure: int | None = None
@@ -96,7 +98,7 @@ class GgufRequest:
     @property
     def file_types(self) -> dict[str, FileType]:
         """The types by name."""
-        return {name.lower(): FILE_TYPES[name.lower()] for name in self.types}
+        return {name.lower(): FILE_TYPES[name.lower()] for name in self.types or (DEFAULT_TYPE,)}
 
 
 @dataclass(frozen=True)
