@@ -94,9 +94,9 @@ class RunConfig(Config):
         if kind == "ppo" and inserted_token_ids(self.method, 0):
             raise ValueError("a value model cannot read virtual tokens inside the text: put all of them in front")
 
-    def with_compute_dtype(self, dtype: str) -> RunConfig:
-        """The config with this compute type in place of `model.dtype`, for example of `auto`."""
-        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+    def with_model(self, **settings: str) -> RunConfig:
+        """The config with these settings in its `model` section, for example what `auto` stands for."""
+        return self.model_copy(update={"model": self.model.model_copy(update=settings)})
 
     @property
     def retrieves(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,12 @@ def check_tokenizer(folder: Path) -> None:
         raise ConfigError("this folder has no tokenizer", where=str(folder), allowed="tokenizer.json", hint=hint)
 
 
-def check_json(file: Path, hint: str) -> None:
-    """Raise `ConfigError` for a file that exists and is not JSON."""
+def check_json(file: Path, hint: str) -> Any:
+    """The content of a JSON file, None without the file. Raises `ConfigError` for a file that is not JSON."""
     if not file.exists():
-        return
+        return None
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"this file is damaged: {error}", where=str(file), hint=hint) from error
 
@@ -70,10 +71,9 @@ def _refuse_without_safetensors(folder: Path) -> None:
 
 
 def _check_index(index: Path) -> None:
-    check_json(index, "fetch it again with all files of the model")
+    content = check_json(index, "fetch it again with all files of the model")
     if not index.exists():
         return
-    content = json.loads(index.read_text(encoding="utf-8"))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise ConfigError("this index has no weight_map", where=str(index), hint="fetch it again")

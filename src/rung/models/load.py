@@ -132,19 +132,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def load_end_ids(config: ModelConfig) -> tuple[int, ...]:
     """The tokens at which a model ends a text, by its generation config and its config, as `BaseModel.end_ids`.
 
-    No weights are loaded. Empty for a GGUF file, whose tokenizer knows its only end token.
+    No weights are loaded. Empty for a GGUF file that was not converted, whose tokenizer knows its only end token.
     """
     source = _resolve_name(config.student_of or config.name, config.revision)
     if isinstance(source, Path) and is_run_folder(source):
         source = next((source / name for name in ("model", "adapter") if (source / name).is_dir()), source)
+    source = _converted(source)
     if isinstance(source, Path) and source.suffix.lower() == ".gguf":
         return ()
     ids: list[int] = []
     for config_class in (GenerationConfig, AutoConfig):
         try:
-            value = config_class.from_pretrained(source, revision=config.revision, **NO_REMOTE_CODE).eos_token_id
-        except Exception:  # noqa: S112 -- a folder may have only one of them, or neither
-            continue
+            value = _from_pretrained(config_class, source, config.revision).eos_token_id
+        except ConfigError:
+            continue  # a folder may have only one of them, or neither
         ids += value if isinstance(value, list | tuple) else [] if value is None else [value]
     return tuple(dict.fromkeys(map(int, ids)))
 

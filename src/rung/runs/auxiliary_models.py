@@ -57,7 +57,7 @@ class AuxiliaryModels:
 def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> AuxiliaryModels:
     """Load all auxiliary models of a run. Call it before the method is attached to `base`."""
     # not by `auto`: a run that resumes on another processor keeps the compute type of its base
-    config = config.with_compute_dtype(base.dtype_name)
+    config = config.with_model(dtype=base.dtype_name)
     reward_source, (value_model, head) = load_reward_source(config, base, chat), load_value_model(config, base)
     reference = load_reference(config, base)
     fingerprints = {} if reference is None else {"reference": reference.base.fingerprint}

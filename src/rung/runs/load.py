@@ -76,12 +76,11 @@ def keep_arithmetic(config: RunConfig, folder: Path) -> RunConfig:
     """
     recorded = read_manifest(folder) if is_run_folder(folder) else {}
     recorded = {**recorded, **recorded.get("fingerprints", {})}
-    model = config.model
-    if model.dtype == "auto" and (dtype := recorded.get("compute_dtype")) in ("float32", "bfloat16"):
-        model = model.model_copy(update={"dtype": dtype})
-    if model.matmul == "auto" and (routine := recorded.get("matmul")) in ("onednn", "blas"):
-        model = model.model_copy(update={"matmul": routine})
-    return config.model_copy(update={"model": model})
+    if config.model.dtype == "auto" and (dtype := recorded.get("compute_dtype")) in ("float32", "bfloat16"):
+        config = config.with_model(dtype=dtype)
+    if config.model.matmul == "auto" and (routine := recorded.get("matmul")) in ("onednn", "blas"):
+        config = config.with_model(matmul=routine)
+    return config
 
 
 def settle_arithmetic(config: RunConfig, world: World = SINGLE_PROCESS) -> None:
