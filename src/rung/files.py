@@ -28,11 +28,11 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], *, replaces: bool = True) -> None:
     """Let `fill` write files into a temporary folder, then hash, flush and rename it to `folder`.
 
-    Raises `CheckpointError` where the disk is full, `GateError` where a tensor is empty or not finite; an old folder is
-    then unchanged.
+    `replaces`: whether an old folder of this name is replaced. Raises `CheckpointError` where the disk is full, and for
+    an old folder that must stay, `GateError` where a tensor is empty or not finite; an old folder is then unchanged.
     """
     # next to the target: a rename is atomic within one file system only
     staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -47,7 +47,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             # before the rename: after a power cut the new name must not point to empty files
             for path in [*staging.rglob("*"), staging]:
                 _fsync(path)
-            _replace(staging, folder)
+            if replaces:
+                _replace(staging, folder)
+            elif not _rename_if_free(staging, folder):
+                raise CheckpointError("this folder was made by somebody else meanwhile", where=str(folder))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _fsync(folder.parent)  # makes the rename itself durable
@@ -60,7 +63,10 @@ def reporting_write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        hint = "free some disk space, then run the command again (rung train and rung climb: with --resume)"
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = (
+            "free some disk space, then run the command again (training and climbs: with --resume)" if is_full else None
+        )
         raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
 
 
@@ -122,6 +128,20 @@ def _fsync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _rename_if_free(new: Path, folder: Path) -> bool:
+    """Rename, unless a folder or file of this name is there by now."""
+    if folder.exists():
+        return False
+    try:
+        os.rename(new, folder)
+    # made between the look and the rename: the kernel refuses to rename onto a folder with something in it
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _replace(new: Path, folder: Path) -> None:

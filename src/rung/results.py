@@ -449,6 +449,8 @@ class ExportedFile(Result):
     """The same, weighted by the run's probabilities."""
     table_difference: float | None = None
     """Largest difference to the run with GELU from ggml's table in float16, where the model has GELU."""
+    ignored_stops: tuple[str, ...] = ()
+    """Ends of text of the base at which llama.cpp goes on; requests name them as `stop`."""
     scores: dict[str, MetricComparison] = {}
     """By metric, with --measure: `before` is the run."""
     seconds_per_query: float | None = None

@@ -137,7 +137,23 @@ def test_a_modelfile() -> None:
     frames = read_frames(lambda *turns: jinja(CHATML, *turns), None)
     lines = modelfile("m.gguf", frames, ["<|im_end|>", "\n"]).splitlines()
     assert lines[0] == "FROM ./m.gguf"
-    assert lines[-2:] == ['PARAMETER stop "<|im_end|>"', 'PARAMETER stop "\\n"']
+    assert lines[-3:] == ['PARAMETER stop "<|im_end|>"', 'PARAMETER stop "', '"']
+    assert modelfile("m.gguf", frames, ['say "so"!']).endswith('PARAMETER stop """say "so"!"""\n')
     quoted = read_frames(lambda *turns: jinja(CHATML.replace("<|im_end|>", '"""'), *turns), None)
     with pytest.raises(PlanError, match="quotation"):
         modelfile("m.gguf", quoted, [])
+
+
+def test_a_template_that_trims_is_said() -> None:
+    """Go has no function for it; turns rarely have spaces at their ends."""
+    trimming = CHATML.replace("m['content']", "(m['content'] | trim)")
+    assert read_frames(lambda *turns: jinja(trimming, *turns), None).trims
+    assert not read_frames(lambda *turns: jinja(CHATML, *turns), None).trims
+
+
+def test_every_turn_has_its_own_end() -> None:
+    """Where a template begins with a system turn of its own, the end of a turn is not the beginning of the next."""
+    frames = read_frames(lambda *turns: jinja(TEMPLATES["default system"], *turns), None)
+    assert frames.frames["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
+    assert frames.frames["assistant"] == ("<|im_start|>assistant\n", "<|im_end|>\n")
+    assert frames.opening == "<|im_start|>assistant\n"

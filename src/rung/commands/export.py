@@ -26,10 +26,13 @@ from rung.exporting.quantization import require_writable
 from rung.files import require_undamaged, write_folder, write_text
 from rung.methods.adapter_files import CONFIG
 from rung.models.load import base_files
+from rung.planning.hub import is_hub_id
 from rung.results import ExportedFile, ExportResult
 from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.training.run_folder import is_climb, read_json, read_manifest
 
+TEMPLATE_FILE = "chat_template.jinja"
+"""The name that transformers gives to the template of a tokenizer."""
 ExportKind = Literal["gguf", "ollama", "vllm", "merged"]
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
@@ -104,9 +107,31 @@ def _open_source(target: str, folder: Path, gguf: GgufRequest) -> ExportSource:
             raise ConfigError("a base has no test questions of its own", where="--measure", given=target)
         if reason := no_proof_reason(ExportSource(target, config)):
             raise PlanError("nothing can be measured in llama.cpp here", where="--measure", given=reason)
-    if gguf.adapter and (config is None or not (Path(target) / "adapter").is_dir()):
-        raise ConfigError("only a run with an adapter has one to write", where="--adapter", given=target)
-    return ExportSource(target, config)
+    source = ExportSource(target, config)
+    if gguf.adapter:
+        if source.adapter is None:
+            raise ConfigError("only a run with an adapter has one to write", where="--adapter", given=target)
+        _require_served_as_adapter(source, "--adapter", "without --adapter the merged model is written")
+    if config is None and not (Path(target).exists() or target in CATALOG or is_hub_id(target)):
+        raise ConfigError("no run and no base is here", given=target)
+    return source
+
+
+def _require_served_as_adapter(source: ExportSource, where: str, hint: str) -> None:
+    """Raise `PlanError` for an adapter that is more than a plain LoRA, or on a base that no other tool can load."""
+    if not source.updates:
+        kind = None if source.config is None else source.config.method.kind
+        raise PlanError("other tools serve only a plain LoRA as an adapter", where=where, given=kind, hint=hint)
+    source.require_same_base()
+    name = source.model_config.name
+    if source.model_config.student_of is not None or (base_files(source.model_config) is None and not is_hub_id(name)):
+        summary = "the base of this run is made of another one, so no other tool can load it"
+        raise PlanError(summary, where=where, given=source.model_config.student_of or name, hint=hint)
+    base = source.base_chat()
+    chat = source.chat()
+    if chat.generation_stop_ids[:1] != base.generation_stop_ids[:1]:
+        summary = "the run ends its answers with another token than its base, which an adapter cannot say"
+        raise PlanError(summary, where=where, hint=hint)
 
 
 def _require_exportable(target: str, config: RunConfig) -> None:
@@ -132,12 +157,15 @@ def _write_gguf(source: ExportSource, folder: Path, request: GgufRequest, manife
     results: list[ExportResult] = []
 
     def fill(staging: Path) -> None:
-        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source, folder))
-        commands = _gguf_commands(folder, files)
+        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source))
+        if request.adapter:
+            # the base in GGUF has a template of its own
+            write_text(staging / TEMPLATE_FILE, source.chat().template)
+        commands = _gguf_commands(source, folder, files)
         results.append(_gguf_result(source, folder, "gguf", files, evaluation).replace(commands=tuple(commands)))
         _write_card(staging, source, manifest, results[0])
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replaces=False)
     return results[0]
 
 
@@ -145,37 +173,50 @@ def _gguf_result(
     source: ExportSource, folder: Path, kind: ExportKind, files: list[ExportedFile], evaluation: Evaluation | None
 ) -> ExportResult:
     is_proved = all(file.gate.state == "passed" for file in files)
-    notes = () if is_proved else (f"not proved: {no_proof_reason(source)}",)
-    result = ExportResult(path=str(folder), kind=kind, files=tuple(files), notes=notes)
+    notes = [] if is_proved else [f"not proved: {no_proof_reason(source)}"]
+    if ignored := sorted({stop for file in files for stop in file.ignored_stops}):
+        notes.append(f"llama.cpp goes on after these ends of the base, so name them as `stop`: {' '.join(ignored)}")
+    result = ExportResult(path=str(folder), kind=kind, files=tuple(files), notes=tuple(notes))
     if evaluation is None:
         return result
     return result.replace(questions=len(evaluation.items), run_seconds_per_query=evaluation.seconds_per_query)
 
 
-def _gguf_commands(folder: Path, files: list[ExportedFile]) -> list[str]:
+def _gguf_commands(source: ExportSource, folder: Path, files: list[ExportedFile]) -> list[str]:
     smallest = min(files, key=lambda file: file.bytes)
     path = shlex.quote(str(folder / smallest.file))
     if smallest.type == "adapter":
-        return [f"llama-server -m BASE.gguf --lora {path}  # BASE.gguf: rung export of the base"]
+        base, template = shlex.quote(source.model_config.name), shlex.quote(str(folder / TEMPLATE_FILE))
+        base_folder = f"{folder}-base"
+        base_file = shlex.quote(str(Path(base_folder) / f"{Path(base_folder).name}-f16.gguf"))
+        return [
+            f"rung export {base} {shlex.quote(base_folder)} --type f16  # the base, once",
+            f"llama-server -m {base_file} --lora {path} --jinja --chat-template-file {template}  # with the LoRA on it",
+        ]
     return [f"llama-server -m {path}  # an OpenAI-compatible server", f"llama-cli -m {path}  # chat in the terminal"]
 
 
 def _write_ollama(source: ExportSource, folder: Path, request: GgufRequest, manifest: dict[str, Any]) -> ExportResult:
     chat = source.chat()
-    bos = None if chat.bos_id is None else str(chat.tokenizer.convert_ids_to_tokens(chat.bos_id))
+    # llama.cpp puts it in front where the tokenizer does; elsewhere it stays in the template
+    bos = str(chat.tokenizer.convert_ids_to_tokens(chat.bos_id)) if chat.adds_bos else None
     frames = read_frames(lambda turns, opens_answer: chat.prompt_text(turns, opens_answer=opens_answer), bos)
+    stops = [*chat.stop_texts, *(source.config.evaluation.stop if source.config else ())]
+    (type_name,) = request.file_types
+    text = modelfile(f"{_name(folder)}-{type_name}.gguf", frames, stops)
+    notes = ("the chat template trims turns, Ollama does not",) if frames.trims else ()
     results: list[ExportResult] = []
 
     def fill(staging: Path) -> None:
-        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source, folder))
-        stops = [*chat.stop_texts, *(source.config.evaluation.stop if source.config else ())]
-        write_text(staging / "Modelfile", modelfile(files[0].file, frames, stops))
+        files, evaluation = write_gguf_files(source, request, staging, _name(folder), _facts(source))
+        write_text(staging / "Modelfile", text)
         name, place = shlex.quote(_name(folder)), shlex.quote(str(folder / "Modelfile"))
         commands = [f"ollama create {name} -f {place}  # once", f"ollama run {name}  # chat in the terminal"]
-        results.append(_gguf_result(source, folder, "ollama", files, evaluation).replace(commands=tuple(commands)))
+        result = _gguf_result(source, folder, "ollama", files, evaluation)
+        results.append(result.replace(commands=tuple(commands), notes=(*result.notes, *notes)))
         _write_card(staging, source, manifest, results[0])
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replaces=False)
     return results[0]
 
 
@@ -183,10 +224,8 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
     """A copy of the adapter or model that vLLM loads as it is."""
     if source.config is None:
         raise ConfigError("vLLM loads a base by its own name", where="--as vllm", given=source.target)
-    if source.adapter is not None and source.updates is None:
-        kind = source.config.method.kind
-        hint = f"rung export {source.target} {folder} --as merged"
-        raise PlanError("vLLM serves only a plain LoRA as an adapter", where="--as vllm", given=kind, hint=hint)
+    if source.adapter is not None:
+        _require_served_as_adapter(source, "--as vllm", f"rung export {source.target} {folder} --as merged")
     path, name = shlex.quote(str(folder)), shlex.quote(_name(folder))
     if source.adapter is None:
         commands = [f"vllm serve {path}  # an OpenAI-compatible server", _load_command(str(folder))]
@@ -194,6 +233,8 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
         rank = _largest_rank(source.adapter)
         base = _loadable_name(source)
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={path}"
+        if (source.adapter / TEMPLATE_FILE).is_file():
+            options += f" --chat-template {shlex.quote(str(folder / TEMPLATE_FILE))}"
         commands = [f"vllm serve {shlex.quote(base)} {options}  # ask for the model {name}"]
         commands.append(_load_command(base, adapter=str(folder)))
     artifact = source.adapter or Path(source.target) / "model"
@@ -204,7 +245,7 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
         shutil.copytree(artifact, staging, dirs_exist_ok=True)
         _write_card(staging, source, manifest, result)
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replaces=False)
     return result
 
 
@@ -229,12 +270,11 @@ def _loadable_name(source: ExportSource) -> str:
 def _load_command(model: str, adapter: str | None = None) -> str:
     """How transformers loads a model, or peft an adapter on it."""
     load = f"AutoModelForCausalLM.from_pretrained({model!r})"
-    imports = "from transformers import AutoModelForCausalLM"
-    if adapter is None:
-        return f'python -c "{imports}; {load}"  # in transformers'
-    return (
-        f'python -c "{imports}; from peft import PeftModel; PeftModel.from_pretrained({load}, {adapter!r})"  # in peft'
-    )
+    code, tool = f"from transformers import AutoModelForCausalLM; {load}", "transformers"
+    if adapter is not None:
+        load, tool = f"PeftModel.from_pretrained({load}, {adapter!r})", "peft"
+        code = f"from transformers import AutoModelForCausalLM; from peft import PeftModel; {load}"
+    return f"python -c {shlex.quote(code)}  # in {tool}"
 
 
 def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) -> ExportResult:
@@ -251,7 +291,7 @@ def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) 
             shutil.copytree(model, staging, dirs_exist_ok=True)
             _write_card(staging, source, manifest, result)
 
-        write_folder(folder, fill)
+        write_folder(folder, fill, replaces=False)
         return result
     merged = merge(Path(source.target), folder)
     result = result.replace(notes=(f"{merged.measure}: {merged.difference:.2e} (limit {merged.limit:g})",))
@@ -260,7 +300,7 @@ def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) 
 
 
 def _write_card(target: Path, source: ExportSource, manifest: dict[str, Any], result: ExportResult) -> None:
-    base = source.target if source.config is None else source.config.model.student_of or source.config.model.name
+    base = _base_name(source)
     title = Path(result.path).name
     license = _license_of_folder(source)
     facts = CardFacts(title, base, manifest, result.commands, result.files, result.notes, license)
@@ -280,13 +320,19 @@ def _license_of_folder(source: ExportSource) -> str | None:
     return str(name) if name else None
 
 
+def _base_name(source: ExportSource) -> str:
+    if source.config is None:
+        return source.target
+    return source.config.model.student_of or source.config.model.name
+
+
 def _name(folder: Path) -> str:
     return folder.name or "model"
 
 
-def _facts(source: ExportSource, folder: Path) -> dict[str, str]:
+def _facts(source: ExportSource) -> dict[str, str]:
     """General keys of a GGUF file."""
-    base = source.target if source.config is None else source.config.model.name
-    facts = {"name": _name(folder), "description": f"exported by Rung; base {base}"}
+    base = _base_name(source)
+    facts = {"description": f"exported by Rung; base {base}"}
     known = CATALOG.get(base)
     return {**facts, "license": known.license.lower()} if known is not None else facts

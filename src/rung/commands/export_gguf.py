@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,40 +18,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Kind
-from torch import Tensor
 
 from rung.commands.compare import paired_scores
 from rung.commands.evaluate import evaluation_task
 from rung.commands.merge import memory_shortage
+from rung.config.evaluation import MetricName
 from rung.config.model import ModelConfig
 from rung.config.run import RunConfig
 from rung.console import ProgressBar, print_status, status
 from rung.data.chat import ChatTemplate
 from rung.data.parsed_answer import ParsedAnswer
 from rung.data.template import for_template
-from rung.errors import CheckpointError, ConfigError, PlanError, RungError
+from rung.errors import CheckpointError, ConfigError, GateError, PlanError, RungError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, score_answers
 from rung.evaluation.prompting import PromptFormat
 from rung.exporting import llama_cpp
 from rung.exporting.gguf_file import GgufModel, WrittenFile, write_adapter
 from rung.exporting.gguf_layout import architecture_of, context_length
-from rung.exporting.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from rung.exporting.gguf_vocabulary import GgufVocabulary, general_name, read_vocabulary
 from rung.exporting.llama_cpp import LlamaCpp
 from rung.exporting.proof import (
-    FileProof,
     ProofRow,
+    RunLogprobs,
     check_texts,
     choose_pre_tokenizer,
     compare_logprobs,
     next_token_logprobs,
     table_gelu,
 )
-from rung.exporting.quantization import FILE_TYPES, FileType, stored_bytes
+from rung.exporting.quantization import FILE_TYPES, FileType
 from rung.exporting.weights import LoraUpdate, ModelWeights, read_updates
 from rung.files import require_undamaged
 from rung.methods.adapter_files import other_than_plain_lora, read_state
+from rung.models.base_model import quiet_transformers
 from rung.models.fused_modules import original_forwards
 from rung.models.load import base_files, load_end_ids, load_model_config, load_tokenizer, stored_fingerprint
 from rung.report.formatting import format_bytes
@@ -67,7 +66,6 @@ from rung.runs.load import (
     saved_chat,
     score,
 )
-from rung.training.gates import enforce
 from rung.training.run_folder import read_json, read_manifest
 from rung.types import Message, Record, Source
 
@@ -153,7 +151,11 @@ class ExportSource:
         """Template and tokenizer; no weights are loaded."""
         if self.config is not None:
             return saved_chat(Path(self.target))
-        config = self.model_config
+        return self.base_chat()
+
+    def base_chat(self) -> ChatTemplate:
+        """Template and tokenizer of the base as it comes; no weights are loaded."""
+        config = ModelConfig(name=self.model_config.name)
         return ChatTemplate.of_model(load_tokenizer(config), config, load_end_ids(config))
 
 
@@ -191,7 +193,8 @@ def _merge_in_memory(source: ExportSource, folder: Path) -> None:
     if source.config is not None and source.adapter is not None:
         dequantize(model.policy, source.config)
         merged = model.policy.method.merge()  # type: ignore[attr-defined]
-    merged.float().save_pretrained(folder)
+    with quiet_transformers():
+        merged.float().save_pretrained(folder)
 
 
 def _model_folder(source: ExportSource) -> Path | None:
@@ -237,7 +240,9 @@ def _is_comparable(chat: ChatTemplate, record: Record) -> bool:
 
 def _proof_row(chat: ChatTemplate, record: Record) -> ProofRow:
     if not record.messages:
-        ids = chat.encode([record.text or ""])[0]
+        # as training reads a document without a template
+        bos = [chat.bos_id] if chat.adds_bos and chat.bos_id is not None else []
+        ids = [*bos, *chat.encode([record.text or ""])[0]]
         return ProofRow(ids[:1], ids[1:], None, text=record.text or "")
     turns = PromptFormat(None).turns(record)
     prompt = chat.prompt_ids(turns, tools=record.tools)
@@ -268,12 +273,13 @@ def write_gguf_files(
     with source_weights(source, folder / ".merged") as weights:
         config = load_model_config(weights.folder)
         context = context_length(config, architecture_of(config))
-        _require_room(folder, weights, types.values())
         chat = source.chat()
         rows = proof_rows(source, chat, context)
-        vocabulary = _vocabulary(chat, config.vocab_size, rows)
-        comparison = Comparison(chat, _reference(source, rows, request.measure), context)
-        model = GgufModel(weights, config, vocabulary, facts)
+        named_facts = {**facts, "name": general_name(chat, name)}
+        model = GgufModel(weights, config, _vocabulary(chat, config.vocab_size, rows), named_facts)
+        _require_room(folder, sum(model.planned_bytes(file_type) for file_type in types.values()))
+        task = None if request.measure is None else _measured_task(source, chat, context, request.measure)
+        comparison = Comparison(chat, _reference(source, rows, task))
         if request.adapter:
             return [_write_adapter(model, comparison, folder, name)], comparison.evaluation
         files = []
@@ -301,27 +307,27 @@ def _write_adapter(model: GgufModel, comparison: Comparison, folder: Path, name:
         base.unlink()
 
 
-def _require_room(folder: Path, weights: ModelWeights, types: Collection[FileType]) -> None:
+def _require_room(folder: Path, needed: int) -> None:
     """Raise `CheckpointError` where the files do not fit on the disk: before hours of writing, not after."""
-    needed = 0
-    for file_type in types:
-        # no mix of a quantized type has wider blocks
-        kind = Kind.Q8_0 if file_type.is_quantized else file_type.kind
-        for shape in weights.shapes.values():
-            fits = len(shape) == 2 and shape[1] % GGML_QUANT_SIZES[kind][0] == 0
-            needed += stored_bytes(kind if fits else Kind.F32, shape)
     if needed * FREE_SHARE > (free := shutil.disk_usage(folder).free):
-        given, allowed = f"up to {format_bytes(needed)}", f"{format_bytes(free)} free"
-        raise CheckpointError("the disk is too small for these files", where=str(folder), given=given, allowed=allowed)
+        given, allowed = format_bytes(needed), f"{format_bytes(free)} free"
+        where = str(folder.parent)
+        raise CheckpointError("the disk is too small for these files", where=where, given=given, allowed=allowed)
 
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """The questions of `--measure` and the run's own answers."""
+    """The questions of `--measure`, and the run's own answers once it has answered."""
 
     task: RunConfig
     records: Sequence[Record]
-    evaluation: Evaluation
+    prompts: Sequence[Sequence[int]]
+    evaluation: Evaluation | None = None
+
+    @property
+    def metrics(self) -> list[MetricName]:
+        """Metrics of answers."""
+        return [name for name in self.task.evaluation.metrics if name != PERPLEXITY]
 
 
 @dataclass(frozen=True)
@@ -329,9 +335,7 @@ class RunReference:
     """What the run says, which files are compared with."""
 
     rows: Sequence[ProofRow]
-    logprobs: Sequence[Tensor]
-    table_logprobs: Sequence[Tensor] | None = None
-    """With GELU from ggml's table, for models that have it."""
+    logprobs: RunLogprobs
     task: MeasuredTask | None = None
 
 
@@ -342,20 +346,41 @@ def no_proof_reason(source: ExportSource) -> str | None:
     return memory_shortage(source.model_config)
 
 
-def _reference(source: ExportSource, rows: Sequence[ProofRow], measure: int | None) -> RunReference | None:
+def _measured_task(source: ExportSource, chat: ChatTemplate, context: int, count: int) -> MeasuredTask:
+    """The questions of `--measure`. Raises `ConfigError` where nothing is answered, or a question does not fit."""
+    task, _, records, _ = evaluation_task(source.target, config=None, overrides=(), limit=count)
+    prompts = [chat.prompt_ids(PromptFormat(None).turns(record), tools=record.tools) for record in records]
+    measured = MeasuredTask(task, records, prompts)
+    if not measured.metrics:
+        allowed = "exact, numeric or another metric of answers in evaluation.metrics"
+        raise ConfigError("the run's task has no metric of answers", where="--measure", allowed=allowed)
+    room = context - task.evaluation.max_new_tokens - SPARE_SLOTS
+    if too_long := sum(len(prompt) > room for prompt in prompts):
+        summary = (
+            f"{too_long} of the {len(prompts)} questions do not fit into what llama.cpp computes as this model does"
+        )
+        raise ConfigError(summary, where="--measure", given=f"{max(map(len, prompts))} tokens", allowed=f"{room}")
+    return measured
+
+
+@torch.no_grad()
+def _reference(source: ExportSource, rows: Sequence[ProofRow], task: MeasuredTask | None) -> RunReference | None:
     """Open the run, compute what files are compared with, and let it go. None where nothing can be compared."""
     if no_proof_reason(source) is not None:
         return None
     with status("computing the run's own log-probabilities"):
         model = source.open()
-        logprobs, table_logprobs = next_token_logprobs(model.policy, rows), None
-        if architecture_of(model.policy.model.config).reads_gelu_from_a_table:
-            with original_forwards(model.policy.model), table_gelu(model.policy.model):
-                table_logprobs = next_token_logprobs(model.policy, rows)
-    if measure is None:
-        return RunReference(rows, logprobs, table_logprobs)
-    task, _, records, _ = evaluation_task(source.target, config=None, overrides=(), limit=measure)
-    return RunReference(rows, logprobs, table_logprobs, MeasuredTask(task, records, score(model, task, records)))
+        policy, table_logprobs, base_logprobs = model.policy, None, None
+        logprobs = next_token_logprobs(policy, rows)
+        if architecture_of(policy.model.config).reads_gelu_from_a_table:
+            with original_forwards(policy.model), table_gelu(policy.model):
+                table_logprobs = next_token_logprobs(policy, rows)
+        if source.adapter is not None:
+            with policy.method.disabled():
+                base_logprobs = next_token_logprobs(policy, rows)
+    if task is not None:
+        task = replace(task, evaluation=score(model, task.task, task.records))
+    return RunReference(rows, RunLogprobs(logprobs, table_logprobs, base_logprobs), task)
 
 
 @dataclass(frozen=True)
@@ -365,7 +390,6 @@ class Comparison:
     chat: ChatTemplate
     reference: RunReference | None
     """None without llama.cpp or the memory for it: files are then written and not proved."""
-    context: int
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -384,29 +408,31 @@ class Comparison:
         if self.reference is None:
             return file
         model, adapter = (written.path, None) if base is None else (base, written.path)
-        longest = max(len(row.ids) for row in self.reference.rows)
+        context = max(len(row.ids) for row in self.reference.rows) + SPARE_SLOTS
         with (
             status(f"comparing {type_name} in llama.cpp"),
-            LlamaCpp(model, longest + SPARE_SLOTS, threads=_threads(), adapter=adapter) as llama,
+            LlamaCpp(model, context, threads=_threads(), adapter=adapter) as llama,
         ):
-            proof = self._prove(self.reference, llama, "f32" if type_name == "adapter" else type_name)
+            ignored_stops = check_texts(llama, self.chat, self.reference.rows)
+            kind = "f32" if type_name == "adapter" else type_name
+            proof = compare_logprobs(llama, self.reference.rows, self.reference.logprobs, kind)
+        if proof.gate.state == "failed":
+            summary = f"gate publish.gguf failed: {type_name} is not what the run computes"
+            given, allowed = f"{proof.gate.measured:.2g} nats", f"{proof.gate.limit:g} nats"
+            raise GateError(summary, where=file.file, given=given, allowed=allowed, hint="the file was removed")
         file = file.replace(
-            gate=GateResult(**asdict(enforce(proof.gate, "the file was removed"))),
+            gate=GateResult(**asdict(proof.gate)),
             largest_difference=proof.largest_difference,
             mean_difference=proof.mean_difference,
             table_difference=proof.table_difference,
+            ignored_stops=tuple(ignored_stops),
         )
         return file if self.reference.task is None else self._measure(self.reference.task, file, model, adapter)
 
-    def _prove(self, run: RunReference, llama: LlamaCpp, type_name: str) -> FileProof:
-        check_texts(llama, self.chat, run.rows)
-        return compare_logprobs(llama, run.rows, run.logprobs, run.table_logprobs, type_name)
-
     def _measure(self, measured: MeasuredTask, file: ExportedFile, model: Path, adapter: Path | None) -> ExportedFile:
         """The file with its scores on the test questions, one question at a time as one user asks."""
-        config, chat, records = measured.task.evaluation, self.chat, measured.records
-        prompts = [chat.prompt_ids(PromptFormat(None).turns(record), tools=record.tools) for record in records]
-        context = min(self.context, max(map(len, prompts)) + config.max_new_tokens + SPARE_SLOTS)
+        config, chat, prompts = measured.task.evaluation, self.chat, measured.prompts
+        context = max(map(len, prompts)) + config.max_new_tokens + SPARE_SLOTS
         answers: list[tuple[ParsedAnswer, bool]] = []
         with (
             LlamaCpp(model, context, threads=_threads(), adapter=adapter, exact=False) as llama,
@@ -419,9 +445,11 @@ class Comparison:
                 answers.append((parsed, answer.stopped))
                 bar.advance(1)
             seconds = time.perf_counter() - start_time
-        metrics = [name for name in config.metrics if name != PERPLEXITY]
-        scored = score_answers(chat, records, prompts, answers, seconds, metrics)
-        scores = {name: paired_scores(measured.evaluation, scored, name, measured.task.seed) for name in metrics}
+        scored = score_answers(chat, measured.records, prompts, answers, seconds, measured.metrics)
+        if measured.evaluation is None:
+            return file
+        run = measured.evaluation
+        scores = {name: paired_scores(run, scored, name, measured.task.seed) for name in measured.metrics}
         return file.replace(scores=scores, seconds_per_query=scored.seconds_per_query)
 
 

@@ -27,7 +27,7 @@ from rung.exporting.weights import read_updates
 from rung.files import require_undamaged, write_folder
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
-from rung.models.base_model import BaseModel
+from rung.models.base_model import BaseModel, quiet_transformers
 from rung.models.load import base_files, stored_fingerprint
 from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
@@ -160,7 +160,7 @@ def _merge_by_shard(run: Path, folder: Path, onto: MergeBase) -> MergeResult:
         gates.enforce(proofs[0][0])
         write_tokenizer_files(staging, chat)
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replaces=False)
     gate, largest_change = proofs[0]
     facts = {"largest_change": largest_change, "files": len(list(folder.glob("*.safetensors")))}
     return _result(folder, "largest error, over what rounding to float32 allows", gate, facts)
@@ -170,10 +170,11 @@ def _write_merged(method: Method, folder: Path, chat: ChatTemplate) -> None:
     merged = method.merge().float()
 
     def fill(staging: Path) -> None:
-        merged.save_pretrained(staging)  # type: ignore[operator]
+        with quiet_transformers():
+            merged.save_pretrained(staging)  # type: ignore[operator]
         write_tokenizer_files(staging, chat)
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replaces=False)
 
 
 def _float32_base(config: RunConfig) -> BaseModel:

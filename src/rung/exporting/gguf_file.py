@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,11 +63,19 @@ class GgufModel:
     facts: Mapping[str, str]
     """General keys: name, description, license."""
 
+    @cached_property
+    def _roles(self) -> dict[str, TensorRole]:
+        tensors = stored_tensors(self.config, architecture_of(self.config), self.weights)
+        return {tensor.name: _role(tensor, tensors, self.config) for tensor in tensors}
+
+    def planned_bytes(self, file_type: FileType) -> int:
+        """Bytes of the tensors in a file of this type."""
+        return sum(stored_bytes(kind_of(file_type, role), role.shape) for role in self._roles.values())
+
     def write(self, path: Path, file_type: FileType) -> WrittenFile:
         """Write a file of this type. Raises `PlanError` for a model that llama.cpp computes otherwise."""
-        architecture = architecture_of(self.config)
+        architecture, roles = architecture_of(self.config), self._roles
         tensors = stored_tensors(self.config, architecture, self.weights)
-        roles = {tensor.name: _role(tensor, tensors, self.config) for tensor in tensors}
         kinds = {name: kind_of(file_type, role) for name, role in roles.items()}
         with closing(GGUFWriter(path=None, arch=MODEL_ARCH_NAMES[architecture.gguf])) as writer:
             self._add_keys(writer, architecture, file_type)

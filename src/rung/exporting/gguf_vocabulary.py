@@ -11,6 +11,7 @@ Sources: src/llama-vocab.cpp of llama.cpp; `tokenizers` for the parts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,8 +53,8 @@ class GgufVocabulary:
 
     model: str
     """`gpt2` for byte-level BPE, `llama` for BPE with SentencePiece's spaces."""
-    pre: str
-    """Name of the pre-tokenizer; `default` for `llama`, which has none."""
+    pre: str | None
+    """Name of the pre-tokenizer; `default` for `llama`, which has none. None: not known by its parts."""
     tokens: Sequence[bytes]
     types: Sequence[TokenType]
     merges: Sequence[str]
@@ -63,7 +64,7 @@ class GgufVocabulary:
     special_ids: Mapping[str, int]
     """By name of the key: bos, eos, eot, eom, unk, pad."""
     adds_bos: bool
-    """Whether prompts of the run begin with BOS."""
+    """Whether llama.cpp puts BOS before plain text, as the run's tokenizer does; templates write their own."""
     adds_space: bool
     """For `llama`: whether a space is put before a text."""
     template: str | None
@@ -73,7 +74,10 @@ class GgufVocabulary:
         return replace(self, pre=name)
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add the keys of the tokenizer."""
+        """Add the keys of the tokenizer. Raises `PlanError` where the pre-tokenizer is not known."""
+        if self.pre is None:
+            summary = "only llama.cpp can say which of its pre-tokenizers this tokenizer has"
+            raise PlanError(summary, hint="pip install 'rung[export]'")
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(list(self.tokens))
@@ -101,9 +105,6 @@ def read_vocabulary(chat: ChatTemplate, size: int) -> GgufVocabulary:
     if model.get("type") != "BPE":
         raise _unknown_tokenizer(f"a {model.get('type')} model")
     ids = chat.tokenizer.get_vocab()
-    if (last := max(ids.values())) >= size:
-        given = f"id {last}, and {size} rows"
-        raise PlanError("the tokenizer has ids beyond the embedding, which GGUF cannot hold", given=given)
     is_byte_level = not model.get("byte_fallback")
     if is_byte_level and not _has_part(parts, "ByteLevel"):
         raise _unknown_tokenizer("BPE that is neither byte-level nor falls back to bytes")
@@ -111,17 +112,26 @@ def read_vocabulary(chat: ChatTemplate, size: int) -> GgufVocabulary:
     types = [TokenType.UNUSED] * size
     added = {token["id"]: token for token in parts["added_tokens"]}
     for text, number in ids.items():
-        tokens[number], types[number] = _token(text, added.get(number), chat)
+        if number < size:
+            tokens[number], types[number] = _token(text, added.get(number), chat)
+        # transformers adds tokens of its own to some tokenizers; the model has no row for them and never saw them
+        elif number not in added or number in chat.generation_stop_ids:
+            given, hint = (
+                f"{text} is {number}, and there are {size} rows",
+                "take the tokenizer that belongs to the base",
+            )
+            raise PlanError("the tokenizer has ids beyond the embedding", given=given, hint=hint)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return GgufVocabulary(
         model="gpt2" if is_byte_level else "llama",
-        pre=(known_pre_tokenizer(parts) or PRE_TOKENIZERS[0]) if is_byte_level else "default",
+        pre=known_pre_tokenizer(parts) if is_byte_level else "default",
         tokens=tokens,
         types=types,
         merges=merges if is_byte_level else (),
         scores=() if is_byte_level else _scores(tokens, model["merges"]),
         special_ids=_special_ids(chat),
-        adds_bos=_begins_with_bos(chat),
+        # a template without BOS is what was trained, whatever the tokenizer does to plain text
+        adds_bos=chat.adds_bos and chat.prompt_ids([Message("user", "Q")])[:1] == [chat.bos_id],
         adds_space=_adds_space(chat),
         template=chat.template,
     )
@@ -162,9 +172,12 @@ def _special_ids(chat: ChatTemplate) -> dict[str, int]:
     return {**stops, **{name: int(token) for name, token in own.items() if token is not None}}
 
 
-def _begins_with_bos(chat: ChatTemplate) -> bool:
-    prompt = chat.prompt_ids([Message("user", "Q")])
-    return chat.bos_id is not None and prompt[:1] == [chat.bos_id]
+def general_name(chat: ChatTemplate, name: str) -> str:
+    """A name for `general.name`: llama.cpp strips spaces after control tokens where it contains phi-3 or phi3."""
+    strips = any(token.rstrip for token in chat.tokenizer.added_tokens_decoder.values() if token.special)
+    if strips:
+        return name if re.search(r"phi-?3", name.lower()) else f"{name} (phi-3 tokenizer)"
+    return re.sub(r"(?i)phi-?3", "phi_3", name)
 
 
 def _adds_space(chat: ChatTemplate) -> bool:

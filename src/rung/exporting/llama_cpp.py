@@ -2,7 +2,7 @@
 
 The package xllamacpp holds llama.cpp's server, which `llama_cpp_server.py` starts in a process of its own: ggml ends
 the process at an error, and an export must survive that to remove the file. `proof.py` compares a run with it, and
-`commands/export.py` measures with it.
+`commands/export_gguf.py` measures with it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class LlamaCpp:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         reasons = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or lines[-1:]
-        return GateError(f"gate publish.gguf failed: {summary}", where=str(self.model), given=" ".join(reasons[:1]))
+        return GateError(f"gate publish.gguf failed: {summary}", where=self.model.name, given=" ".join(reasons[:1]))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         data = json.dumps(body).encode()
@@ -113,7 +113,7 @@ class LlamaCpp:
         except HTTPError as error:
             reason = error.read().decode(errors="replace")[:300]
             summary = "gate publish.gguf failed: llama.cpp refuses a request"
-            raise GateError(summary, where=str(self.model), given=reason) from error
+            raise GateError(summary, where=self.model.name, given=reason) from error
         except (URLError, ConnectionError, TimeoutError) as error:
             raise self._failure("llama.cpp ended") from error
 

@@ -77,6 +77,10 @@ def _data(facts: CardFacts) -> str:
 def _origin(facts: CardFacts) -> str:
     if not facts.manifest:
         return f"`{facts.base}` as it is: nothing was trained."
+    if runs := facts.manifest.get("fused_from"):
+        how = facts.manifest.get("fused", {}).get("how", "sum")
+        names = ", ".join(f"`{str(run).rpartition('/')[2]}`" for run in runs)
+        return f"`{facts.base}` with the updates of several runs combined ({how}): {names}."
     method = facts.manifest["config"]["method"]
     details = [f"rank {method['rank']}"] if "rank" in method else []
     objective = facts.manifest["config"]["objective"]["kind"]
@@ -94,8 +98,9 @@ def _trained(facts: CardFacts) -> list[str]:
         return []
     splits = manifest.get("data", {}).get("splits", {})
     rows = splits.get("train", {}).get("rows")
+    names = _data_names(facts)
     lines = {
-        "Data": f"{_data_names(facts)}{f', {rows:,} rows' if rows else ''}",
+        "Data": f"{names}{f', {rows:,} rows' if rows else ''}" if names else None,
         "Steps": f"{manifest['steps']:,}" if manifest.get("steps") else None,
         "Tokens": f"{manifest['tokens']:,}" if manifest.get("tokens") else None,
         "Trained parameters": f"{manifest['trainable_parameters']:,}" if manifest.get("trainable_parameters") else None,
@@ -144,7 +149,12 @@ def _written(facts: CardFacts) -> list[str]:
         proof = (
             "These files were not compared with the run in llama.cpp when they were written, so nothing proves them."
         )
-    return ["## Files", _table(heads, rows), proof, *facts.notes]
+    tables = [
+        f"`{file.file}`: {_number(file.table_difference)} nats to the run with GELU from ggml's table in float16."
+        for file in facts.files
+        if file.table_difference is not None
+    ]
+    return ["## Files", _table(heads, rows), proof, *tables, *facts.notes]
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rung.errors import PlanError
 from rung.types import Message
@@ -33,6 +33,8 @@ class TurnFrames:
     """Written where a conversation has no system turn, in place of one; often empty."""
     opening: str
     """Opens the answer."""
+    trims: bool = False
+    """Whether the template takes spaces off both ends of a turn, which Go's cannot."""
 
     def compose(self, turns: Sequence[Message]) -> str:
         """The text of a conversation, as the Go template writes it."""
@@ -81,7 +83,8 @@ def read_frames(render: Render, bos: str | None) -> TurnFrames:
         summary = "the chat template cannot be written in Ollama's language"
         hint = "rung export --as gguf: llama.cpp reads the template itself"
         raise PlanError(summary, where="--as ollama", given=str(error), hint=hint) from error
-    return frames
+    spaced = [Message("user", "  How much is it?\n")]
+    return replace(frames, trims=frames.compose(spaced) != bare(spaced))
 
 
 def _split(render: Render) -> TurnFrames:
@@ -90,8 +93,9 @@ def _split(render: Render) -> TurnFrames:
     head, _, after_user = _cut(render([user], False), _U)
     before_second, _, opened = _cut(render([user, assistant, user], True), _U, last=True)
     between, _, after_answer = _cut(_cut(before_second, _U)[2], _A)
+    after_assistant = _common_start(_cut(render([user, assistant], False), _A)[2], after_answer)
     # the first user turn opens with what precedes every later one
-    before_user = _common_end(head, after_answer)
+    before_user = _common_end(head, after_answer[len(after_assistant) :])
     after_assistant = after_answer[: len(after_answer) - len(before_user)]
     # templates that open no answer may write what ends a question only before an answer
     after_user = _common_start(_common_start(after_user, between), opened)
@@ -129,7 +133,7 @@ def _common_end(first: str, second: str) -> str:
 
 
 def _conversations() -> list[list[Message]]:
-    """Conversations that are composed again: one turn, with a system turn, several turns, and spaces at both ends."""
+    """Conversations that are composed again: one turn, with a system turn, several turns, and braces."""
     user, answer = Message("user", "How much is it?"), Message("assistant", "12 euros.")
     system = Message("system", "Be brief.")
     long = [user, answer, user, answer, Message("user", "Two\n\nlines {{ }}")]
@@ -137,14 +141,12 @@ def _conversations() -> list[list[Message]]:
 
 
 def modelfile(gguf: str, frames: TurnFrames, stops: Sequence[str]) -> str:
-    """The text of a Modelfile. Raises `PlanError` for a template with three quotation marks, which would end it."""
+    """The text of a Modelfile. Raises `PlanError` for a template or stop with three quotation marks, which end it."""
     template = frames.go_template()
-    if '"""' in template or any('"' in stop for stop in stops):
-        raise PlanError("a Modelfile cannot hold this template: it has quotation marks of its own", where="--as ollama")
+    if any('"""' in text for text in (template, *stops)):
+        summary = "a Modelfile cannot hold this template or stop: it has three quotation marks in a row"
+        raise PlanError(summary, where="--as ollama", hint="rung export --as gguf")
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""', "PARAMETER temperature 0"]
-    lines += [f'PARAMETER stop "{_escaped(stop)}"' for stop in stops]
+    # Ollama takes what stands between the quotation marks as it is: it knows no escapes
+    lines += [f'PARAMETER stop """{stop}"""' if '"' in stop else f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n")

@@ -2,7 +2,7 @@
 
 The mix of a type such as q4_k_m is that of llama-quantize, so that a file is what its name says everywhere. Blocks of
 256 values need rows of a multiple of 256; where a model has others, llama.cpp takes a wider kind with blocks of 32, and
-so does this module (`QuantizationCounts` in the result says how many).
+so does this module (`WrittenFile.matrix_bytes` says how much of what).
 
 Sources: src/llama-quant.cpp of llama.cpp; the numbers are rounded by the packages gguf and libgguf, which agree bit by
 bit where both can.
@@ -190,11 +190,6 @@ def quantize(values: NDArray[np.float32], kind: Kind) -> NDArray[Any]:
     rows, columns = values.shape
     data = _libgguf().quantize_rows_raw(kind, np.ascontiguousarray(values), rows, columns)
     return np.frombuffer(data, dtype=np.uint8)
-
-
-def dequantize(data: NDArray[Any], kind: Kind, columns: int) -> NDArray[np.float32]:
-    """Float32 rows of what `quantize` gave."""
-    return quants.dequantize(data, kind).reshape(-1, columns)  # type: ignore[no-any-return]
 
 
 def _libgguf() -> Any:

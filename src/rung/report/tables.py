@@ -74,6 +74,10 @@ def export_lines(result: results.ExportResult) -> list[str]:
         lines += ["", *render_lines(lambda _: [_export_table(result)])]
         if any(file.largest_difference is not None for file in result.files):
             lines.append("largest and mean difference of log-probabilities in llama.cpp to the run, in nats")
+        for file in result.files:
+            if file.table_difference is not None:
+                number = format_significant(file.table_difference)
+                lines.append(f"{file.type}: {number} to the run with GELU from ggml's table in float16")
     if result.questions is not None:
         seconds = format_significant(result.run_seconds_per_query or 0.0)
         lines.append(
