@@ -25,6 +25,16 @@ from safetensors import SafetensorError
 from rung.errors import CheckpointError, ConfigError, GateError
 
 MANIFEST = "manifest.json"
+_ERRORS_OF_PLACES = {
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
+"""What more disk space does not mend."""
 RUN_FILE = "run.json"
 
 
@@ -63,9 +73,9 @@ def reporting_write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_about_place = isinstance(error, OSError) and error.errno in _ERRORS_OF_PLACES
         hint = (
-            "free some disk space, then run the command again (training and climbs: with --resume)" if is_full else None
+            None if is_about_place else "free some disk space, then run the command again (with --resume if it has it)"
         )
         raise CheckpointError(f"could not write: {reason}", where=str(folder), hint=hint) from error
 

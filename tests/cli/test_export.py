@@ -20,6 +20,7 @@ from processes import files_below, inside
 from rung.commands.export import ExportRequest, export
 from rung.exporting import gguf_file, llama_cpp
 from rung.exporting.weights import LoraUpdate
+from rung.files import require_undamaged
 
 METHODS = {
     "plain": [],
@@ -140,6 +141,7 @@ def test_a_folder_for_vllm(config: Path, tmp_path: Path, tiny_base: Path, capsys
     options = f"--enable-lora --max-lora-rank 16 --lora-modules out={tmp_path / 'out'}"
     assert f"vllm serve {tiny_base} {options}" in out
     assert (tmp_path / "out/adapter_model.safetensors").exists() and (tmp_path / "out/README.md").exists()
+    require_undamaged(tmp_path / "out")
     assert inside(capsys, "train", config, "method={kind: lora, rank: 4, dora: true}", "--overwrite")[0] == 0
     code, _, err = inside(capsys, "export", tmp_path / "run", tmp_path / "dora", "--as", "vllm")
     assert code == 3 and "--as merged" in err

@@ -23,7 +23,7 @@ from rung.evaluation.evaluate import Evaluation
 from rung.exporting.model_card import CardFacts, model_card
 from rung.exporting.ollama import modelfile, read_frames
 from rung.exporting.quantization import require_writable
-from rung.files import require_undamaged, write_folder, write_text
+from rung.files import MANIFEST, require_undamaged, write_folder, write_text
 from rung.methods.adapter_files import CONFIG
 from rung.models.load import base_files
 from rung.planning.hub import is_hub_id
@@ -242,11 +242,16 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
     result = ExportResult(path=str(folder), kind="vllm", commands=tuple(commands))
 
     def fill(staging: Path) -> None:
-        shutil.copytree(artifact, staging, dirs_exist_ok=True)
+        _copy(artifact, staging)
         _write_card(staging, source, manifest, result)
 
     write_folder(folder, fill, replaces=False)
     return result
+
+
+def _copy(artifact: Path, target: Path) -> None:
+    # the manifest of hashes is written anew
+    shutil.copytree(artifact, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
 def _largest_rank(adapter: Path) -> int:
@@ -288,7 +293,7 @@ def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) 
         require_undamaged(model)
 
         def fill(staging: Path) -> None:
-            shutil.copytree(model, staging, dirs_exist_ok=True)
+            _copy(model, staging)
             _write_card(staging, source, manifest, result)
 
         write_folder(folder, fill, replaces=False)
@@ -309,8 +314,8 @@ def _write_card(target: Path, source: ExportSource, manifest: dict[str, Any], re
 
 def _license_of_folder(source: ExportSource) -> str | None:
     """The license that the card of the base's own folder names."""
-    card = (base_files(source.model_config) or Path()) / "README.md"
-    if not card.is_file():
+    folder = base_files(source.model_config)
+    if folder is None or not (card := folder / "README.md").is_file():
         return None
     try:
         name = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")

@@ -93,7 +93,7 @@ def _export_table(result: results.ExportResult) -> Table:
     table = empty_table(heads, gap=2)
     if metric:
         before = result.files[0].scores[metric].before
-        table.add_row(*map(plain, ["the run", "", "", "", format_estimate(before), "", ""]))
+        add_text_row(table, "the run", "", "", "", format_estimate(before), "", "")
     for file in result.files:
         numbers = (file.largest_difference, file.mean_difference)
         cells = [file.type, format_bytes(file.bytes)]
@@ -102,7 +102,7 @@ def _export_table(result: results.ExportResult) -> Table:
             score = file.scores[metric]
             cells += [format_estimate(score.after), format_estimate(score.difference, signed=True)]
             cells.append(format_significant(file.seconds_per_query or 0.0))
-        table.add_row(*map(plain, cells))
+        add_text_row(table, *cells)
     return table
 
 
