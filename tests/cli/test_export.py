@@ -19,8 +19,8 @@ from models import tiny_model
 from processes import files_below, inside
 from rung.commands.export import ExportRequest, export
 from rung.exporting import gguf_file, llama_cpp
-from rung.exporting.weights import LoraUpdate
 from rung.files import require_undamaged
+from rung.methods import adapter_files
 
 METHODS = {
     "plain": [],
@@ -90,18 +90,23 @@ def test_an_adapter_for_the_base(run: Path, tiny_base: Path, tmp_path: Path, cap
     assert code == 0 and json.loads(out)["files"][0]["gate"]["state"] == "passed"
 
 
-@pytest.mark.parametrize("broken", ["scale", "order"])
+BROKEN = ("scale of rsLoRA", "rank pattern", "order of q and k")
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_file_that_is_not_the_run_is_not_left_behind(
-    broken: str, run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+    broken: str, config: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """The mutations: the scale of rsLoRA forgotten, and rows of q and k in the order of transformers."""
+    """The mutations: the root of rsLoRA forgotten, one rank for all, rows of q and k in the order of transformers."""
     pytest.importorskip("xllamacpp")
-    if broken == "scale":
-        added = LoraUpdate.added_to
-        monkeypatch.setattr(LoraUpdate, "added_to", lambda u, w: added(LoraUpdate(u.first, u.second, 2 * u.scale), w))
-    else:
+    assert inside(capsys, "train", config, *METHODS["rank_pattern"])[0] == 0
+    if broken == "order of q and k":
         monkeypatch.setattr("rung.exporting.gguf_layout.interleaved_rows", lambda rows, heads: slice(None))
-    code, _, err = inside(capsys, "export", run, tmp_path / "out", "--type", "f32")
+    else:
+        setting = "use_rslora" if broken == "scale of rsLoRA" else "rank_pattern"
+        scale = adapter_files.saved_scale
+        monkeypatch.setattr(adapter_files, "saved_scale", lambda c, module: scale({**c, setting: None}, module))
+    code, _, err = inside(capsys, "export", tmp_path / "run", tmp_path / "out", "--type", "f32")
     assert code == 3 and "publish.gguf" in err
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
