@@ -41,7 +41,7 @@ def assert_within_floors(versions: dict[str, str]) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("tool", ["vllm", "sglang", "unsloth"])
 def test_it_installs_beside(tool: str, tmp_path: Path) -> None:
-    versions = resolve(tmp_path / "report.json", ".[math,quantized,remote]", tool)
+    versions = resolve(tmp_path / "report.json", ".[export,math,quantized,remote]", tool)
     assert {"rung", tool, "bitsandbytes", "math-verify", "openai"} <= versions.keys()
     assert_within_floors(versions)
 
