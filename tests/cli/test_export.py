@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,10 @@ def test_types_with_their_scores(run: Path, tmp_path: Path, capsys: Any) -> None
     shutil.rmtree(tmp_path / "out")
     code, out, _ = inside(capsys, *arguments)
     assert code == 0 and "the run" in out and "q4_k_m" in out and "llama-server -m" in out
+    # the command for transformers works as it is printed
+    (command,) = (line for line in out.splitlines() if line.endswith("# in transformers"))
+    words = shlex.split(command, comments=True)
+    assert subprocess.run([sys.executable, *words[1:]], capture_output=True, check=False).returncode == 0
 
 
 def test_an_adapter_for_the_base(run: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:

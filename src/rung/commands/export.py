@@ -193,7 +193,13 @@ def _gguf_commands(source: ExportSource, folder: Path, files: list[ExportedFile]
             f"rung export {base} {shlex.quote(base_folder)} --type f16  # the base, once",
             f"llama-server -m {base_file} --lora {path} --jinja --chat-template-file {template}  # with the LoRA on it",
         ]
-    return [f"llama-server -m {path}  # an OpenAI-compatible server", f"llama-cli -m {path}  # chat in the terminal"]
+    target, ollama = shlex.quote(source.target), shlex.quote(f"{folder}-ollama")
+    return [
+        f"llama-server -m {path}  # an OpenAI-compatible server",
+        f"llama-cli -m {path}  # chat in the terminal",
+        _load_command(str(folder), gguf=smallest.file),
+        f"rung export {target} {ollama} --as ollama --type {smallest.type}  # for Ollama, which reads no Jinja",
+    ]
 
 
 def _write_ollama(source: ExportSource, folder: Path, request: GgufRequest, manifest: dict[str, Any]) -> ExportResult:
@@ -272,9 +278,10 @@ def _loadable_name(source: ExportSource) -> str:
     return str(base_files(source.model_config) or name)
 
 
-def _load_command(model: str, adapter: str | None = None) -> str:
-    """How transformers loads a model, or peft an adapter on it."""
-    load = f"AutoModelForCausalLM.from_pretrained({model!r})"
+def _load_command(model: str, adapter: str | None = None, gguf: str | None = None) -> str:
+    """How transformers loads a folder or a GGUF file in it, or peft an adapter on a model."""
+    file = "" if gguf is None else f", gguf_file={gguf!r}"
+    load = f"AutoModelForCausalLM.from_pretrained({model!r}{file})"
     code, tool = f"from transformers import AutoModelForCausalLM; {load}", "transformers"
     if adapter is not None:
         load, tool = f"PeftModel.from_pretrained({load}, {adapter!r})", "peft"
