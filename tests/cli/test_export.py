@@ -133,7 +133,12 @@ def test_without_llama_cpp_or_memory_it_says_that_nothing_is_proved(
     assert code == 0 and "not proved: the whole model needs" in out, err
 
 
-def test_an_ollama_folder(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_ollama_folder(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    # a proxy gets nothing of what goes to llama.cpp on this machine
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     code, out, err = inside(capsys, "export", run, tmp_path / "out", "--as", "ollama", "--type", "f16")
     assert code == 0, err
     text = (tmp_path / "out/Modelfile").read_text()

@@ -145,7 +145,9 @@ def _unknown_tokenizer(given: str) -> PlanError:
 def _token(text: str, added: Mapping[str, Any] | None, chat: ChatTemplate) -> tuple[bytes, TokenType]:
     """Bytes and type of a token."""
     number = chat.tokenizer.convert_tokens_to_ids(text)
-    if number == chat.tokenizer.unk_token_id and not (added and added["special"] and number in chat.stop_ids):
+    if number == chat.tokenizer.unk_token_id and not (
+        added and added["special"] and number in chat.generation_stop_ids
+    ):
         return text.encode(), TokenType.UNKNOWN
     if added is not None:
         # a stop that the tokenizer does not call special would be printed at the end of every answer
@@ -168,8 +170,8 @@ def _scores(tokens: Sequence[bytes], merges: Sequence[Any]) -> list[float]:
 def _special_ids(chat: ChatTemplate) -> dict[str, int]:
     """Ids by key. The end of text is the end of turn that the run learned, whatever the base calls its own."""
     stops = dict(zip(("eos", "eot", "eom"), chat.generation_stop_ids, strict=False))
-    own = {"bos": chat.bos_id, "unk": chat.tokenizer.unk_token_id, "pad": chat.tokenizer.pad_token_id}
-    return {**stops, **{name: int(token) for name, token in own.items() if token is not None}}
+    others = {"bos": chat.bos_id, "unk": chat.tokenizer.unk_token_id, "pad": chat.tokenizer.pad_token_id}
+    return {**stops, **{name: int(token) for name, token in others.items() if token is not None}}
 
 
 def general_name(chat: ChatTemplate, name: str) -> str:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from rung.errors import GateError
 
@@ -28,6 +28,10 @@ CERTAIN = 1000.0
 """Added to a token's logit, it makes the token certain."""
 STOP_SECONDS = 10.0
 """Longest wait for the process to end by itself."""
+
+
+_DIRECT = build_opener(ProxyHandler({}))
+"""Without the proxy of the environment, which would get the prompts of a server on this machine."""
 
 
 def is_installed() -> bool:
@@ -108,7 +112,7 @@ class LlamaCpp:
         data = json.dumps(body).encode()
         request = Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})  # noqa: S310 -- our own URL
         try:
-            with urlopen(request, timeout=REQUEST_SECONDS) as response:  # noqa: S310 -- our own URL
+            with _DIRECT.open(request, timeout=REQUEST_SECONDS) as response:
                 return json.loads(response.read())
         except HTTPError as error:
             reason = error.read().decode(errors="replace")[:300]

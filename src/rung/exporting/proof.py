@@ -72,7 +72,7 @@ class ProofRow:
 class RunLogprobs:
     """Log-probabilities of the next token at the positions of each row, [positions, V]."""
 
-    own: Sequence[Tensor]
+    logprobs: Sequence[Tensor]
     """By the run."""
     with_table_gelu: Sequence[Tensor] | None = None
     """By the run with GELU from ggml's table, for models that have it."""
@@ -158,7 +158,7 @@ def compare_logprobs(
 ) -> FileProof:
     """Compare log-probabilities with the run's. Raises `GateError` for a file that is nearer to the base."""
     given = [llama.top_logprobs([row.ids[: position + 1] for position in row.positions], TOP_TOKENS) for row in rows]
-    largest, mean = _differences(given, run.own)
+    largest, mean = _differences(given, run.logprobs)
     # a few bits hide a lost adapter, but not which of both models it is
     if run.base is not None and (to_base := _differences(given, run.base)[1]) <= mean:
         allowed = f"{mean:.2g} nats to the run"
