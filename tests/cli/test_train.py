@@ -202,10 +202,13 @@ def test_interrupted_run_saves_and_goes_on(sent: signal.Signals, config: Path, t
     assert (tmp_path / "run" / "checkpoints" / f"step-{found['steps']:08d}" / "manifest.json").exists()
 
 
-def test_finished_run_prints_its_result_on_resume(config: Path, capsys: Any) -> None:
+def test_finished_run_prints_its_result_on_resume(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert inside(capsys, "train", config)[0] == 0
+    half_written = tmp_path / "run" / ".report.html.writing-1"  # killed between the last step and the end of the report
+    half_written.write_text("<html>")
     code, out, _ = inside(capsys, "train", config, "--resume", "--json")
     assert code == 0 and json.loads(out)["status"] == "finished"
+    assert not half_written.exists() and (tmp_path / "run" / "report.html").exists()
 
 
 def test_patience_keeps_the_best_weights(config: Path, tmp_path: Path, capsys: Any) -> None:

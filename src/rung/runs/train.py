@@ -81,7 +81,11 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     def finished_manifest() -> dict[str, Any] | None:
         RunFolder.check(output, config_to_dict(config), resume=start.resume, overwrite=start.overwrite)
         manifest = folders.read_manifest(output) if start.resume and is_run_folder(output) else {}
-        return manifest if manifest.get("status") == "finished" else None
+        if manifest.get("status") != "finished":
+            return None
+        # a kill after the last step may have left a half-written report, which only the owner of the lock may remove
+        RunFolder.acquire(output, config_to_dict(config), resume=True, overwrite=False).close()
+        return manifest
 
     manifest: dict[str, Any] | None = world.on_rank0(finished_manifest)
     if manifest is not None:
