@@ -22,10 +22,10 @@ from rung.config.method import LoraConfig
 from rung.config.model import ModelConfig
 from rung.config.objective import GrpoConfig
 from rung.methods.registry import attach_method
+from rung.models.packing import PackedBatch, pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
 from rung.runs.load import load
-from rung.training.packing import PackedBatch, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, Source
 

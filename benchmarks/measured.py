@@ -25,11 +25,11 @@ from rung.evaluation.evaluate import Evaluation
 from rung.methods.lora import Lora
 from rung.methods.mixture import Mixture
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.packing import pack
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
 from rung.runs.dataset import read_splits
 from rung.runs.load import LoadedRun, open_base, open_run, score, test_records
-from rung.training.packing import pack
 from rung.training.step import mean_loss
 from rung.types import Example, Record, Source
 

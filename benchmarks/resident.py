@@ -61,10 +61,10 @@ def measure(folder: Path, form: str) -> None:
     from rung.config.training import OptimizerConfig
     from rung.methods.registry import attach_method
     from rung.models import load
+    from rung.models.packing import pack
     from rung.models.policy import Policy
     from rung.objectives.sft import SftObjective
     from rung.training.optimizer import make_optimizer
-    from rung.training.packing import pack
     from rung.training.step import accumulate
     from rung.types import Example, Source
 

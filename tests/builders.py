@@ -16,9 +16,9 @@ from rung.data.read import ParsedRow, RejectedRow, stream_rows
 from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
+from rung.models.packing import pack
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.sft import SftObjective
-from rung.training.packing import pack
 from rung.training.step import CalibrationBatch
 from rung.types import Example, PackedBatch, Source
 

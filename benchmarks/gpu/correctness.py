@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.workbench import Bench, random_documents, random_policy
 from rung.config.objective import GrpoConfig, PreferenceConfig, SftConfig
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack, pack_separately
 from rung.models.policy import Policy
 from rung.models.tree_attention import AttentionParams, attend_tree
 from rung.objectives.grpo import GrpoObjective
@@ -24,7 +25,6 @@ from rung.objectives.preference import make_preference_objective
 from rung.objectives.protocol import Objective
 from rung.objectives.sft import SftObjective
 from rung.training.gates import compare_logprobs
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch, Segment
 

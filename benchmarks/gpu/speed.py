@@ -30,12 +30,12 @@ from benchmarks.gpu.workbench import (
 from rung.config.objective import GrpoConfig, PreferenceConfig
 from rung.models.fused_modules import original_forwards
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack
 from rung.models.policy import Policy
 from rung.objectives.grpo import GrpoObjective
 from rung.objectives.preference import make_preference_objective
 from rung.planning.architecture import ModelShape
 from rung.training.memory_use import synchronize
-from rung.training.packing import pack
 from rung.types import Example
 
 RANK = 16

@@ -20,8 +20,8 @@ from rung.config.model import ModelConfig
 from rung.data.chat import ChatTemplate
 from rung.errors import CheckpointError, ConfigError
 from rung.models.load import load_base
+from rung.models.packing import pack_separately
 from rung.runs.load import open_run, open_runs
-from rung.training.packing import pack_separately
 from rung.training.run_folder import read_items
 from rung.types import Message
 

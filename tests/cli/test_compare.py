@@ -99,7 +99,7 @@ def test_a_judge_behind_a_server_is_asked_once_and_checked(
     assert judge["wins"] + judge["ties"] + judge["losses"] == judge["pairs"] - 4
     assert max(r["at_once"] for r in requests) <= 3
     code, out, err = inside(capsys, *asking)
-    assert code == 0 and "verdicts are known" in err
+    assert code == 0 and "going on after" in err
     assert "trusted" in out and "NOT TRUSTED" not in out and "of one length" in out
     again = log.read_text().splitlines()[len(requests) :]
     assert [json.loads(line)["how"] for line in again] == [400, 400]  # only what failed is asked again

@@ -13,14 +13,15 @@ import pytest
 from builders import example
 from processes import inside, start
 from rung.commands.forgetting import forgetting_task
-from rung.commands.generate import GenerateRequest, chunk_seed, load_prompts
+from rung.commands.generate import GenerateRequest, load_prompts
 from rung.config.data import DataConfig
 from rung.config.run import RunConfig
 from rung.errors import ConfigError, DataError
-from rung.files import Journal
+from rung.inference.ask import chunk_seed
+from rung.inference.journal import Journal
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack_separately
 from rung.runs.load import open_run
-from rung.training.packing import pack_separately
 from rung.types import Message
 
 

@@ -16,8 +16,11 @@ import pytest
 
 from processes import inside, start
 from rung.errors import CheckpointError, ConfigError
-from rung.files import Journal
-from rung.inference.openai_client import ChatRequest, Server, _api_key, _check_url, ask_server
+from rung.inference.ask import Conversation
+from rung.inference.journal import Journal
+from rung.inference.openai_client import Server, _api_key, _check_url
+from rung.models.generate import Sampling
+from rung.types import Message
 
 
 @dataclass
@@ -96,7 +99,7 @@ def test_a_kill_at_eight_of_ten_leaves_two_to_ask(local: Local, ten: Path, tmp_p
     before = len(local.requests())
     local.rule()
     code, _, err = inside(capsys, *asking(local, ten, output))
-    assert code == 0 and "going on after 8 of 10 prompts" in err
+    assert code == 0 and "going on after 8 of 10 requests" in err
     assert len(local.requests()) - before == 2 and len(output.read_text().splitlines()) == 10 and not journal.exists()
 
 
@@ -255,7 +258,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     server = Server("http://127.0.0.1:9/v1", "big", retries=1)
     journal = Journal(tmp_path / "j", {})
     with pytest.raises(CheckpointError, match="cannot be reached, after 1 further tries"):
-        ask_server(server, [ChatRequest([{"role": "user", "content": "q"}], {"n": 1})] * 3, journal, lambda: None)
+        server.ask([Conversation((Message("user", "q"),))] * 3, Sampling(4), journal)
     journal.close()
 
 

@@ -28,11 +28,11 @@ from rung.methods.registry import METHODS, attach_method
 from rung.models.bfloat16_storage import compute_in_float32
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES, ObjectiveModels, make_objective
 from rung.training.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
 from rung.training.optimizer import WEIGHTS, OptimizerState, make_optimizer, set_learning_rate
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64

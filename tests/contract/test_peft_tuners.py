@@ -19,9 +19,9 @@ from rung.errors import ConfigError, PlanError
 from rung.methods.peft_tuner import OWN_METHODS, REFUSED
 from rung.methods.registry import attach_method
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.packing import pack
 from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing, frozen_digest
-from rung.training.packing import pack
 from rung.training.step import accumulate
 from tolerances import FLOAT32_NATS
 

@@ -24,10 +24,10 @@ from rung.models import decoding
 from rung.models import policy as policies
 from rung.models.base_model import compute_dtype, widest_float
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack
 from rung.objectives.preference import make_preference_objective
 from rung.objectives.sft import SftObjective
 from rung.runs import load
-from rung.training.packing import pack
 from rung.training.step import accumulate
 
 IMPORT_ALL = """

@@ -25,7 +25,7 @@ from rung.data.records import Records
 from rung.data.splits import assign_splits
 from rung.data.tokenize import preflight, tokenize_records
 from rung.errors import ConfigError, DataError, RungError
-from rung.training.packing import pack
+from rung.models.packing import pack
 from rung.types import Example, Message, Record, Source
 
 CASES, SOAKED = 400, 10_000

@@ -29,7 +29,7 @@ from rung.methods.adapter_merging import (
     truncate_product,
 )
 from rung.methods.lora import without_peft_warnings
-from rung.training.packing import pack_separately
+from rung.models.packing import pack_separately
 
 KINDS = [
     {"rank": 4},

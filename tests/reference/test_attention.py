@@ -10,9 +10,9 @@ from models import LAYER_NORM_SHAPES, SHAPES, tiny_model
 from rung.config.objective import SftConfig
 from rung.errors import PlanError
 from rung.models import attention
+from rung.models.packing import pack, pack_separately
 from rung.models.tree_attention import AttentionParams, attend_tree
 from rung.objectives.sft import SftObjective
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch, Segment
 from tolerances import FLOAT64, RMS_NORM

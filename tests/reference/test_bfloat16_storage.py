@@ -22,9 +22,9 @@ from rung.models.base_model import BaseModel
 from rung.models.bfloat16_storage import stored_dtype
 from rung.models.generate import Sampling, generate
 from rung.models.load import load_base
+from rung.models.packing import pack
 from rung.models.policy import Policy
 from rung.objectives.sft import SftObjective
-from rung.training.packing import pack
 from rung.training.step import accumulate
 
 

@@ -16,8 +16,8 @@ from rung.config.objective import SftConfig
 from rung.errors import ConfigError
 from rung.methods.bottleneck import NAME
 from rung.methods.registry import attach_method
+from rung.models.packing import MIN_PREFIX_AHEAD, pack
 from rung.objectives.sft import SftObjective
-from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 

@@ -25,6 +25,7 @@ from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import DistillConfig, GrpoConfig, PpoConfig, PreferenceConfig, RewardConfig, SftConfig
 from rung.methods.registry import attach_method
+from rung.models.packing import MIN_PREFIX_AHEAD, pack
 from rung.models.policy import Policy
 from rung.objectives.distill import DistillObjective
 from rung.objectives.grpo import GrpoObjective
@@ -33,7 +34,6 @@ from rung.objectives.preference import LOSSES, make_preference_objective
 from rung.objectives.protocol import Objective
 from rung.objectives.reward import RewardObjective
 from rung.objectives.sft import SftObjective
-from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate
 from rung.types import ON_POLICY, Example
 

@@ -12,8 +12,8 @@ from builders import documents, policy_of, tuned
 from models import tiny_model
 from rung.config.objective import SftConfig
 from rung.models import tree_attention
+from rung.models.packing import MIN_PREFIX_AHEAD, pack
 from rung.objectives.sft import SftObjective
-from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate
 
 

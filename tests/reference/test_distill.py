@@ -29,10 +29,10 @@ from rung.models.distillation_loss import (
 )
 from rung.models.layers import drop_layers
 from rung.models.logprobs import LogitTransform
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.models.policy import NoMethod, Policy
 from rung.objectives.distill import DistillObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 from tolerances import FLOAT64
 

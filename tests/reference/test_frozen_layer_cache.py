@@ -15,9 +15,9 @@ from rung.config.objective import SftConfig
 from rung.errors import CheckpointError
 from rung.methods.registry import attach_method
 from rung.models.layers import lowest_trainable_layer
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.objectives.sft import SftObjective
 from rung.training.frozen_layer_cache import FrozenLayerCache
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64
 

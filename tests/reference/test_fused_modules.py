@@ -17,9 +17,9 @@ from rung.config.training import OptimizerConfig
 from rung.models import fused_ops
 from rung.models.fused_modules import _fuse_norm, install_fused_forwards, plain_linear_params, remove_fused_forwards
 from rung.models.fused_ops import ACTIVATIONS, LinearParams, gated, gated_linear, linears, rms_norm
+from rung.models.packing import pack
 from rung.objectives.sft import SftObjective
 from rung.training.optimizer import make_optimizer
-from rung.training.packing import pack
 from rung.training.step import accumulate
 from tolerances import FLOAT32, FLOAT64, LLAMA_GRADIENT
 

@@ -16,10 +16,10 @@ from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import GrpoConfig, RolloutConfig
 from rung.methods.registry import attach_method
 from rung.models.generate import GeneratedAnswer, Sampling, generate
+from rung.models.packing import pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
 from rung.objectives.grpo import GrpoObjective, clipped_surrogate, kl_estimate
-from rung.training.packing import pack, pack_separately
 from rung.training.rollout import RolloutSource
 from rung.training.step import accumulate
 from rung.types import Example, Rollout

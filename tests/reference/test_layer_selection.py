@@ -19,10 +19,10 @@ from rung.config.training import OptimizerConfig
 from rung.errors import CheckpointError, ConfigError
 from rung.methods.layer_selection import choose_winners
 from rung.methods.registry import attach_method
+from rung.models.packing import pack, pack_separately
 from rung.models.targets import layer_number
 from rung.objectives.sft import SftObjective
 from rung.training.optimizer import make_optimizer, set_learning_rate, train_only
-from rung.training.packing import pack, pack_separately
 from rung.training.step import CalibrationBatch, accumulate
 
 SFT = SftObjective(SftConfig())

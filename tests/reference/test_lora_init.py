@@ -21,10 +21,10 @@ from rung.methods import lora_init
 from rung.methods.lora import Lora, without_peft_warnings
 from rung.methods.lora_init import in_chunks
 from rung.methods.registry import attach_method
+from rung.models.packing import pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.sft import SftObjective
 from rung.training.gates import check_fused, check_identity, frozen_digest
-from rung.training.packing import pack, pack_separately
 from rung.training.step import CalibrationBatch, accumulate
 from tolerances import FLOAT32
 

@@ -14,8 +14,8 @@ from naive import distance, gradients, naive, naive_loss
 from rung.config.objective import SftConfig
 from rung.methods.mixture import NAME, balance_loss, document_of_token, expert_shares, top_k_weights
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.packing import pack, pack_separately
 from rung.objectives.sft import SftObjective
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 
 SFT = SftObjective(SftConfig())

@@ -11,7 +11,7 @@ from peft import PeftModel
 import rung.peft  # noqa: F401 -- registers them
 from builders import documents, logits_of, tuned
 from models import tiny_model
-from rung.training.packing import pack_separately
+from rung.models.packing import pack_separately
 
 KINDS = [
     ("bottleneck", {"width": 3}),

@@ -11,9 +11,9 @@ import torch
 from builders import rows, tuned
 from naive import distance, gradients, naive
 from rung.config.objective import PpoConfig
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.objectives.advantages import generalized_advantage_estimates, whiten
 from rung.objectives.ppo import PpoObjective, adapt_penalty, value_loss
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example, Rollout
 from tolerances import FLOAT64

@@ -20,11 +20,11 @@ from naive import distance, gradients, naive
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import PreferenceConfig
 from rung.methods.registry import attach_method
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_lazily, pack_separately
 from rung.models.policy import sum_by_document
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.preference import LOSSES, PairedPreference, PairLogprobs, UnpairedPreference, is_good_answer
 from rung.objectives.registry import OBJECTIVES
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_lazily, pack_separately
 from rung.training.step import accumulate, count_window, mean_loss
 from rung.types import Example, PackedBatch
 from tolerances import FLOAT64, LLAMA_GRADIENT

@@ -11,9 +11,9 @@ from naive import distance, gradients, naive, naive_loss
 from rung.config.objective import SftConfig
 from rung.models import policy as policy_module
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.packing import MIN_PREFIX_AHEAD, pack
 from rung.models.policy import Policy
 from rung.objectives.sft import SftObjective
-from rung.training.packing import MIN_PREFIX_AHEAD, pack
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32, FLOAT64

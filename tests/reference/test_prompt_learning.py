@@ -22,10 +22,10 @@ from rung.methods.prompt_learning import frequent_ids, text_ids
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.generate import Sampling, generate
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import CalibrationBatch, accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT

@@ -19,9 +19,9 @@ from rung.config.objective import SftConfig
 from rung.errors import PlanError
 from rung.methods.registry import attach_method
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.objectives.sft import SftObjective
 from rung.training.gates import check_decoding, check_packing
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64, LLAMA_GRADIENT

@@ -24,13 +24,13 @@ from rung.methods.lora import Lora
 from rung.methods.qlora import dense_weight, dequantize_base, is_quantized
 from rung.methods.registry import attach_method
 from rung.models.load import load_base
+from rung.models.packing import pack, pack_separately
 from rung.models.policy import NoMethod, Policy
 from rung.models.streaming import layer_linears, placement_of
 from rung.objectives.sft import SftObjective
 from rung.runs import load
 from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
 from rung.training.optimizer import make_optimizer, set_learning_rate
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate
 
 SFT = SftObjective(SftConfig())

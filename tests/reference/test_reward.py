@@ -20,11 +20,11 @@ from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import RewardConfig
 from rung.evaluation.reward_model import calibration_error, reward_model_health, score_reward_model
 from rung.methods.registry import attach_method
+from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.pairs import correlation
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.reward_head import read_score_head, write_score_head
-from rung.training.packing import MIN_PREFIX_AHEAD, pack, pack_separately
 from rung.training.step import accumulate
 from rung.types import Example
 from tolerances import FLOAT64

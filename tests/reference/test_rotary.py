@@ -19,12 +19,12 @@ from rung.config.objective import SftConfig
 from rung.errors import GateError, PlanError
 from rung.methods.registry import attach_method
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack, pack_separately, pack_together
 from rung.models.policy import Policy
 from rung.models.rotary import rope_boundary
 from rung.objectives.sft import SftObjective
 from rung.training import gates
 from rung.training.frozen_layer_cache import FrozenLayerCache
-from rung.training.packing import pack, pack_separately, pack_together
 from rung.training.step import accumulate
 from rung.types import Example, PackedBatch
 

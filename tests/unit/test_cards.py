@@ -19,6 +19,7 @@ from rung.config.training import OptimizerConfig
 from rung.errors import PlanError
 from rung.methods.registry import attach_method
 from rung.models import base_model
+from rung.models.packing import pack
 from rung.objectives.sft import SftObjective
 from rung.planning.advise import CANDIDATE_BUDGETS, Advice, advise, assumed_micro_batch, auto_budget
 from rung.planning.architecture import read_shape
@@ -28,7 +29,6 @@ from rung.planning.method_cost import layer_bytes_per_token
 from rung.planning.throughput import throughput_for
 from rung.training import memory_use, micro_batch, optimizer
 from rung.training.optimizer import OptimizerState
-from rung.training.packing import pack
 
 CUDA = torch.device("cuda")
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "dtype": "bfloat16", "tie_word_embeddings": False}

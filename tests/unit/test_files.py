@@ -15,7 +15,8 @@ import pytest
 
 from rung import files
 from rung.errors import CheckpointError
-from rung.files import OWNER_SUFFIX, Journal, lock_file, recover_interrupted_writes, write_text
+from rung.files import OWNER_SUFFIX, lock_file, recover_interrupted_writes, write_text
+from rung.inference.journal import Journal
 from rung.training.run_folder import RunFolder
 
 
@@ -104,37 +105,6 @@ def test_a_run_folder_without_locks(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is at work"):
             RunFolder.acquire(tmp_path / "run", {"seed": 1}, resume=True, overwrite=False)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["run.json"]
-
-
-def test_what_was_made_is_there_after_a_stop_and_a_torn_line_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "made.journal"
-    journal = Journal(path, {"n": 3})
-    journal.add("0", [1, "ä"])
-    journal.add("1", None)
-    journal.close()
-    with path.open("ab") as file:
-        file.write(b'{"key": "2", "val')
-    again = Journal(path, {"n": 3})
-    assert again.results == {"0": [1, "ä"], "1": None}
-    again.add("2", 0.1)
-    again.close()
-    with closing(Journal(path, {"n": 3})) as last:
-        assert last.results["2"] == 0.1
-    assert len(path.read_text().splitlines()) == 4
-
-
-def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "made.journal"
-    Journal(path, {"n": 3}).close()
-    with pytest.raises(CheckpointError, match="belongs to a different request"):
-        Journal(path, {"n": 4})
-    for text in ("hello\n", '{"asked": 1}\n[1]\n', "3\n"):
-        path.write_text(text)
-        with pytest.raises(CheckpointError):
-            Journal(path, {"n": 3})
-    path.write_text('{"asked": "half')
-    Journal(path, {"n": 3}).remove()
-    assert not path.exists()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
 from rung.errors import CheckpointError, ConfigError
 from rung.methods.registry import attach_method
+from rung.models.packing import pack
 from rung.models.targets import layer_number
 from rung.objectives.sft import SftObjective
 from rung.training.gates import MovementGate, check_identity
 from rung.training.optimizer import make_optimizer, set_learning_rate, train_only
-from rung.training.packing import pack
 from rung.training.step import accumulate
 
 THIRTY = range(30)

@@ -15,10 +15,10 @@ from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
 from rung.methods.registry import attach_method
+from rung.models.packing import pack
 from rung.objectives.sft import SftObjective
 from rung.planning.architecture import shape_from_config
 from rung.planning.method_cost import activation_bytes_per_token, layer_bytes_per_token, method_bytes_per_token
-from rung.training.packing import pack
 
 TOKENS = 2400
 SMALL = 0.04

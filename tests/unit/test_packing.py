@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import documents, example
-from rung.training.packing import MIN_PREFIX_AHEAD, MIN_SHARED, largest_first, pack, pack_lazily, pack_separately
+from rung.models.packing import MIN_PREFIX_AHEAD, MIN_SHARED, largest_first, pack, pack_lazily, pack_separately
 from rung.types import Example, PackedBatch
 
 HEAD = list(range(100, 100 + MIN_SHARED))
@@ -190,7 +190,7 @@ def test_the_largest_runs_first_and_rows_of_a_prefix_stay_together() -> None:
 
 
 def test_slices_hold_every_document_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rung.training.packing.SLICE_DOCUMENTS", 4)
+    monkeypatch.setattr("rung.models.packing.SLICE_DOCUMENTS", 4)
     examples = documents(2, count=11)
     batches = list(pack_lazily(examples, 60))
     assert sorted(d.source.line for b in batches for d in b.documents) == [e.source.line for e in examples]

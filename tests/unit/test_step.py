@@ -14,13 +14,13 @@ from rung.config.model_catalog import CATALOG
 from rung.config.objective import SftConfig
 from rung.config.training import OptimizerConfig
 from rung.errors import DataError
+from rung.models.packing import pack, pack_separately
 from rung.objectives.sft import SftObjective, nll
 from rung.planning.architecture import shape_from_config
 from rung.planning.memory import layers_to_recompute, tokens_per_micro_batch
 from rung.planning.method_cost import activation_bytes_per_token
 from rung.training import micro_batch
 from rung.training.optimizer import learning_rate_at, make_optimizer
-from rung.training.packing import pack, pack_separately
 from rung.training.step import accumulate, mean_loss
 from rung.types import Counts, Example, LossTerm, PackedBatch
 from tolerances import FLOAT64, RMS_NORM

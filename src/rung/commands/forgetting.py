@@ -26,12 +26,12 @@ from rung.data.tokenize import tokenize_records
 from rung.errors import ConfigError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, ScoredItem, evaluate, prompt_ids
 from rung.evaluation.prompting import PromptFormat
+from rung.inference.document_values import values_by_document
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
 from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, target_kind, test_records
-from rung.training.step import values_by_document
 from rung.types import PackedBatch
 
 RESULT_FILE = "forgetting.json"

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +20,7 @@ import numpy as np
 from rung.config.data import DataConfig, Format
 from rung.config.io import is_config_name, load_config
 from rung.config.model import ModelConfig
-from rung.console import ProgressBar, print_status
+from rung.console import print_status
 from rung.data.chat import ChatTemplate
 from rung.data.formats import LoadedRows, naming_config
 from rung.data.messages import expected_text, message_to_json
@@ -32,21 +31,28 @@ from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.reward_model import RewardScorer
-from rung.files import MANIFEST, Journal, is_run_folder, write_text
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, FailedRequest, Server, ask_server
+from rung.files import is_run_folder, write_text
+from rung.inference.ask import Conversation, FailedRequest
+from rung.inference.document_values import values_by_document
+from rung.inference.journal import Journal
+from rung.inference.local_model import sample_answers
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
 from rung.models.base_model import BaseModel
-from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
+from rung.models.generate import GeneratedAnswer, Sampling
 from rung.models.policy import NoMethod, Policy, sum_by_document
 from rung.results import GenerationResult
 from rung.runs.auxiliary_models import open_scorer
-from rung.runs.load import config_of_run, load_base_on_device, open_run, open_target, share_base_if_same, target_kind
-from rung.training.step import values_by_document
+from rung.runs.load import (
+    config_of_run,
+    load_base_on_device,
+    open_run,
+    open_target,
+    share_base_if_same,
+    target_kind,
+    weight_fingerprints,
+)
 from rung.types import Example, PackedBatch, Record
 
-ANSWERS_PER_BATCH = 64
-"""Answers decoded in one batch."""
-ANSWERS_PER_CHUNK = 256
-"""Answers in one chunk of the journal: what a stop may lose."""
 SCORING_TOKENS = 4096
 """Tokens of a batch in which answers are scored; a longer answer is a batch of its own."""
 
@@ -111,7 +117,8 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
     for name, text in describe_notes(prompts.notes, None).items():
         print_status(f"{name}: {text}")
     with closing(_journal(output, target, policy, prompts, request.sampling)) as journal:
-        answers = _sample_answers(policy, chat, prompts, request.sampling, journal)
+        ids, tasks = [e.ids.tolist() for e in prompts.examples], [e.task for e in prompts.examples]
+        answers, _ = sample_answers(policy, chat, ids, tasks, request.sampling, journal)
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)
         temperature = request.sampling.temperature
         log_ratios = _log_ratios(policy, documents, answers, temperature) if policy.reference else None
@@ -253,50 +260,16 @@ def _prompt_columns(record: Record) -> dict[str, Any]:
     return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
 
 
-def _sample_answers(
-    policy: Policy, chat: ChatTemplate, prompts: PromptDataset, sampling: Sampling, journal: Journal
-) -> list[GeneratedAnswer]:
-    """Answers to all prompts in order, chunk by chunk; chunks that the journal has are not sampled again."""
-    prompts_per_chunk = max(1, ANSWERS_PER_CHUNK // sampling.answers_per_prompt)
-    chunks = [prompts.examples[i : i + prompts_per_chunk] for i in range(0, len(prompts.examples), prompts_per_chunk)]
-    if journal.results:
-        print_status(f"going on after {len(journal.results):,} of {len(chunks):,} parts, kept in {journal.path}")
-    answers: list[GeneratedAnswer] = []
-    answer_batch = partial(generate_by_task, policy, stop_ids=chat.generation_stop_ids, batch_size=ANSWERS_PER_BATCH)
-    with ProgressBar("generate", len(prompts.examples)) as bar:
-        for number, chunk in enumerate(chunks):
-            # Chunks are numbered, not appended: the seed of a chunk and its place follow from the number.
-            if (stored := journal.results.get(str(number))) is not None:
-                answers += [GeneratedAnswer(*fields) for fields in stored]
-                bar.advance(len(chunk))
-                continue
-            ids, tasks = [e.ids.tolist() for e in chunk], [e.task for e in chunk]
-            chunk_sampling = replace(sampling, seed=chunk_seed(sampling.seed, number))
-            generated = answer_batch(ids, tasks, sampling=chunk_sampling, on_batch=bar.advance)
-            journal.add(str(number), [[a.ids, a.stop, a.logprobs] for a in generated])
-            answers += generated
-    return answers
-
-
 def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, sampling: Sampling) -> Journal:
     """The journal beside the output, tied to these weights, prompts and sampling settings."""
-    # The manifest in adapter/ or model/ holds the hashes of the weights: a run that was trained again under the same
-    # name must not continue the answers of the old one.
-    manifests = sorted(Path(target).glob(f"[am]*/{MANIFEST}"))
-    weights = [policy.base.fingerprint, *(file.read_text() for file in manifests)]
     rows = [[e.task, e.ids.tolist()] for e in prompts.examples]
-    identity = {"weights": weights, "prompts": rows, "sampling": asdict(sampling)}
+    identity = {"weights": weight_fingerprints(target, policy), "prompts": rows, "sampling": asdict(sampling)}
     return Journal(journal_path(output), identity)
 
 
 def journal_path(output: Path) -> Path:
     """The file that keeps answers until the output is written."""
     return output.with_name(f".{output.name}.journal")
-
-
-def chunk_seed(seed: int, chunk: int) -> int:
-    """The seed of one chunk, which depends on no chunk before it."""
-    return int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
 
 
 def _documents(prompts: PromptDataset, answers: Sequence[GeneratedAnswer], answers_per_prompt: int) -> list[Example]:
@@ -340,17 +313,15 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
         summary = "a server gives text, not the log-probabilities or tokens that this wants"
         raise ConfigError(summary, where="--reward" if request.reward else "--reference", given=server.url)
     records = load_prompts(output, data, request)
-    requests = [_chat_request(record, number, request) for number, record in enumerate(records)]
-    identity = {"model": server.model, "requests": [asdict(chat_request) for chat_request in requests]}
+    conversations = [Conversation(PromptFormat().turns(record), record.tools) for record in records]
+    asked = [asdict(conversation) for conversation in conversations]
+    identity = {**server.identity, "conversations": asked, "sampling": asdict(request.sampling)}
     with closing(Journal(journal_path(output), identity)) as journal:
-        if done := len(journal.results):
-            print_status(f"going on after {done:,} of {len(requests):,} prompts, kept in {journal.path}")
-        with ProgressBar("ask", len(requests), done) as bar:
-            answers_by_prompt, failures = ask_server(server, requests, journal, bar.advance)
+        replies, failures = server.ask(conversations, request.sampling, journal)
         # No output with gaps: the journal keeps what arrived, and the next call asks for the rest.
         if failures:
             raise _failures_error(records, failures, output)
-        answers = [answer for number in range(len(requests)) for answer in answers_by_prompt[number]]
+        answers = [answer for reply in replies if reply is not None for answer in reply.answers]
         # A server reports no token counts per answer, so lengths are in characters.
         texts = [answer.text.strip() for answer in answers]
         generated = GeneratedAnswers(texts, [len(t) for t in texts], [a.stopped for a in answers], unit="characters")
@@ -359,20 +330,8 @@ def generate_remotely(server: Server, data: str, output: Path, request: Generate
     return result
 
 
-def _chat_request(record: Record, index: int, request: GenerateRequest) -> ChatRequest:
-    """The request for one prompt, with its context before the question as for a run."""
-    sampling = request.sampling
-    turns = PromptFormat().turns(record)
-    settings: dict[str, Any] = {"n": sampling.answers_per_prompt, "temperature": sampling.temperature}
-    # Not negative in a signed 32-bit integer, in which a server may read it.
-    settings |= {"max_tokens": sampling.max_new_tokens, "seed": chunk_seed(sampling.seed, index) % 2**31}
-    if record.tools:
-        settings["tools"] = json.loads(record.tools)
-    return ChatRequest([message_to_json(turn) for turn in turns], settings)
-
-
 def _failures_error(records: Sequence[Record], failures: Sequence[FailedRequest], output: Path) -> CheckpointError:
-    lines = [f"{records[f.prompt].source}: {f.reason}" for f in failures[:MAX_NAMED_FAILURES]]
+    lines = [f"{records[f.index].source}: {f.reason}" for f in failures[:MAX_NAMED_FAILURES]]
     lines += [f"and {len(failures) - MAX_NAMED_FAILURES} more"] if len(failures) > MAX_NAMED_FAILURES else []
     lines += ["the other answers are kept: the same command repeats only the failed requests"]
     summary = f"{len(failures):,} of {len(records):,} prompts got no answer"

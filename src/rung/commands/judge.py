@@ -11,10 +11,8 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 
 from rung.config.judge import JudgeConfig
-from rung.console import ProgressBar, print_status
 from rung.evaluation.judge import (
     AnswerPair,
     AskJudge,
@@ -25,8 +23,11 @@ from rung.evaluation.judge import (
     parse_verdict,
     read_human_labels,
 )
-from rung.files import Journal, cache_folder
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, ChatRequest, Server, ask_server
+from rung.files import cache_folder
+from rung.inference.ask import Conversation
+from rung.inference.journal import Journal, request_key
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
+from rung.models.generate import Sampling
 from rung.results import JudgeAgreement, JudgeResult
 from rung.runs.load import open_target
 from rung.scoring.pairwise import check_judge, summarize_preferences
@@ -82,19 +83,19 @@ def _ask_by_server(server: Server) -> AskJudge:
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
         # Temperature 0, so that a verdict is worth caching.
-        settings = {"temperature": 0.0, "max_tokens": MAX_VERDICT_TOKENS}
-        requests = [ChatRequest([{"role": m.role, "content": m.content} for m in turns], settings) for turns in prompts]
-        identity = {"url": server.url, "model": server.model, "requests": [asdict(request) for request in requests]}
-        name = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        sampling = Sampling(MAX_VERDICT_TOKENS)
+        conversations = [Conversation(turns) for turns in prompts]
+        asked = [asdict(conversation) for conversation in conversations]
+        identity = {**server.identity, "conversations": asked, "sampling": asdict(sampling)}
         # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
+        name = request_key(identity)
         with closing(Journal(cache_folder() / "judged" / f"{name}.jsonl", identity)) as journal:
-            if known := len(journal.results):
-                print_status(f"{known:,} of {len(requests):,} verdicts are known, kept in {journal.path}")
-            with ProgressBar("judge", len(requests), known) as bar:
-                answers, failures = ask_server(server, requests, journal, bar.advance)
+            replies, failures = server.ask(conversations, sampling, journal, title="judge")
         # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
-        verdicts = {failure.prompt: JudgeVerdict(None, failure.reason) for failure in failures}
-        verdicts |= {prompt: parse_verdict(texts[0].text) for prompt, texts in answers.items()}
-        return [verdicts[i] for i in range(len(requests))]
+        reasons = {failure.index: failure.reason for failure in failures}
+        return [
+            JudgeVerdict(None, reasons[i]) if reply is None else parse_verdict(reply.answers[0].text)
+            for i, reply in enumerate(replies)
+        ]
 
     return ask

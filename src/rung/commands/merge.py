@@ -29,6 +29,7 @@ from rung.methods.protocol import Method
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel, quiet_transformers
 from rung.models.load import base_files, stored_fingerprint
+from rung.models.packing import pack_separately
 from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
 from rung.planning.memory import BASELINE_RSS
@@ -38,7 +39,6 @@ from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_pro
 from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run, saved_chat
 from rung.training import gates
 from rung.training.memory_use import free_memory
-from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate, read_manifest
 from rung.types import Example, Source
 

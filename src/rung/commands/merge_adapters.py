@@ -38,6 +38,7 @@ from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.load import check_fingerprint
+from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
 from rung.objectives.registry import make_objective
@@ -47,7 +48,6 @@ from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits
 from rung.runs.load import config_of_run, load_base_on_device, saved_chat
 from rung.runs.train import micro_batch_tokens
-from rung.training.packing import pack_lazily
 from rung.training.run_folder import is_climb, read_json, read_manifest, versions, write_json
 from rung.training.step import mean_loss
 

@@ -2,7 +2,7 @@
 
 44 bytes of memory per document (decision 0011); ids, supervision and texts are read when a batch needs them. Flat
 columns with one table of offsets instead of arrow or `datasets`, whose random access is mapped or reads a whole batch
-for one row. `tokenize` writes the columns, `cache` stores them, `training.packing` reads examples and lengths.
+for one row. `tokenize` writes the columns, `cache` stores them, `models.packing` reads examples and lengths.
 """
 
 from __future__ import annotations

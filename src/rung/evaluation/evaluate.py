@@ -26,13 +26,13 @@ from rung.data.parsed_answer import ParsedAnswer
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
+from rung.models.packing import pack
 from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
 from rung.scoring.metrics import METRICS, best_score
 from rung.scoring.stats import ratio_interval, score_interval
-from rung.training.packing import pack
 from rung.training.run_folder import read_items, write_items
 from rung.types import Example, Record, Source
 

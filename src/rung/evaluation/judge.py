@@ -7,23 +7,21 @@ not every server returns log-probabilities. `commands.judge` and `commands.compa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from rung.config.judge import JudgeConfig
 from rung.console import ProgressBar
 from rung.data.chat import ChatTemplate, with_context
 from rung.data.read import RejectedRow, stream_rows
 from rung.errors import DataError
-from rung.models.policy import Policy, sum_by_document
-from rung.planning.memory import tokens_per_micro_batch
+from rung.inference.choose import choose, max_prompt_tokens
+from rung.models.policy import Policy
 from rung.scoring.pairwise import OUTCOMES, Outcome, PairVerdicts
-from rung.training.step import values_by_document
-from rung.types import Example, Message, PackedBatch, Source
+from rung.types import Message
 
 MARKS = ("A", "B", "C")
 """A: the answer shown first is better; B: the one shown second; C: a tie."""
@@ -43,8 +41,6 @@ OUTCOME_OF_MARK: dict[bool, dict[str, Outcome]] = {
     True: {"A": "second", "B": "first", "C": "tie"},
 }
 """Outcome of a mark in the original order of the answers, by whether they were swapped."""
-PROMPTS_PER_UPDATE = 64
-"""Prompts between two updates of the progress bar."""
 _MARK = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -126,39 +122,25 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
     Marks share their prompt and prompts share their beginning, so each is computed once. A prompt that leaves no room
     for a mark is unreadable.
     """
-    endings = [chat.encode([mark], mid_document=True)[0] for mark in MARKS]
-    # the longest mark must fit as well, so that all marks of a prompt can be compared
-    max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - max(map(len, endings))
-
-    def logprobs_by_document(batch: PackedBatch) -> list[float]:
-        return sum_by_document(batch, policy.logprobs(batch)).tolist()
+    options = [chat.encode([mark], mid_document=True)[0] for mark in MARKS]
 
     def ask(prompts: Sequence[tuple[Message, ...]]) -> list[JudgeVerdict]:
         # answers to judge are text, whatever the judge was trained on
         as_text = chat.with_control_tokens(None)
         ids = [as_text.prompt_ids(turns) for turns in prompts]
-        fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= max_prompt_tokens]
-        documents = [_document(ids[i], ending, i) for i in fitting for ending in endings]
-        budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
-        logprobs: list[float] = []
-        with ProgressBar("judge", len(prompts), len(prompts) - len(fitting)) as bar:
-            # a multiple of three: the marks of a prompt stay in one slice and share it
-            for start in range(0, len(documents), 3 * PROMPTS_PER_UPDATE):
-                part = documents[start : start + 3 * PROMPTS_PER_UPDATE]
-                logprobs += values_by_document([policy], part, budget, logprobs_by_document)
-                bar.advance(len(part) // 3)
-        verdicts = [JudgeVerdict(None, f"{len(prompt)} tokens, and {max_prompt_tokens} have room") for prompt in ids]
-        for position, i in enumerate(fitting):
-            mark_logprobs = dict(zip(MARKS, logprobs[3 * position : 3 * position + 3], strict=True))
-            verdicts[i] = JudgeVerdict(max(MARKS, key=mark_logprobs.__getitem__), mark_logprobs)
-        return verdicts
+        with ProgressBar("judge", len(prompts)) as bar:
+            logprobs_PC = choose(policy, ids, options, bar.advance)
+        limit = max_prompt_tokens(policy, options)
+        return [_verdict(row, len(prompt), limit) for row, prompt in zip(logprobs_PC.tolist(), ids, strict=True)]
 
     return ask
 
 
-def _document(ids: Sequence[int], ending: Sequence[int], row: int) -> Example:
-    document_ids = np.array([*ids, *ending], dtype=np.int32)
-    return Example(document_ids, np.arange(len(document_ids)) >= len(ids), Source("judge", row), row=row)
+def _verdict(logprobs: Sequence[float], prompt_tokens: int, limit: int) -> JudgeVerdict:
+    if math.isnan(logprobs[0]):
+        return JudgeVerdict(None, f"{prompt_tokens} tokens, and {limit} have room")
+    mark_logprobs = dict(zip(MARKS, logprobs, strict=True))
+    return JudgeVerdict(max(MARKS, key=mark_logprobs.__getitem__), mark_logprobs)
 
 
 def parse_verdict(text: str) -> JudgeVerdict:

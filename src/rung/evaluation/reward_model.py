@@ -16,14 +16,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
+from rung.inference.document_values import values_by_document
+from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.reward import RewardObjective
 from rung.results import Estimate, RewardModelHealth
 from rung.scoring.stats import score_interval
-from rung.training.packing import pack_lazily
-from rung.training.step import values_by_document
 from rung.types import Example
 
 BINS = 10

@@ -27,9 +27,9 @@ from rung.data.chat import ChatTemplate
 from rung.errors import GateError, PlanError
 from rung.exporting.gguf_vocabulary import PRE_TOKENIZERS, GgufVocabulary
 from rung.exporting.llama_cpp import CERTAIN, LlamaCpp
+from rung.models.packing import pack_separately
 from rung.models.policy import Policy
 from rung.training.gates import TOLERANCE
-from rung.training.packing import pack_separately
 from rung.training.run_folder import Gate
 from rung.types import Example, Source
 

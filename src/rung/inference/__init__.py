@@ -1,1 +1,1 @@
-"""Inference over HTTP: answers from a model behind a server. Local generation is in `models.generate`."""
+"""Getting answers: one way to ask a model in this process or behind a server, one way to choose, one journal."""

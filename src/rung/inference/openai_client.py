@@ -3,13 +3,15 @@
 Every answer is written to a journal when it arrives, so a killed command resumes without asking again (FAILURES 28).
 The openai client retries temporary failures (connections, 408, 409, 429, 5xx) with exponential backoff or the delay the
 server requests. Permanent failures are returned by name, never as rows. Threads instead of asyncio: the caller stays
-synchronous, and a few dozen requests need no more. `commands.generate` and `commands.judge` use it.
+synchronous, and a few dozen requests need no more. `Server` is one of the two models of `inference.ask`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -21,9 +23,12 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
-from rung.console import visible
+from rung.console import ProgressBar, print_status, visible
+from rung.data.messages import message_to_json
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.files import Journal
+from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
+from rung.inference.journal import Journal, request_key
+from rung.models.generate import Sampling
 
 API_KEY_VARIABLE = "RUNG_API_KEY"
 """Environment variable with the API key for the server that is asked; it is never written to a file or message."""
@@ -47,7 +52,7 @@ QUEUED_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Server:
-    """Address of a model and the settings of its requests."""
+    """A model behind a server, and the settings of its requests."""
 
     url: str
     """URL up to and including `/v1`."""
@@ -60,76 +65,81 @@ class Server:
     timeout: float = 300.0
     """Seconds per try."""
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """URL and name of the model."""
+        return {"url": self.url, "model": self.model}
 
-@dataclass(frozen=True, slots=True)
-class ServerAnswer:
-    """One answer."""
+    def ask(
+        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+    ) -> Replies:
+        """Answer every conversation, each reply written to the journal when it arrives; permanent failures by name.
 
-    text: str
-    stopped: bool
-    """True if the model ended the answer, False if it was truncated."""
+        Equal requests are sent once. Raises `ConfigError` if the server refuses the key or does not know the model,
+        `CheckpointError` if it cannot be reached; replies up to then are kept.
+        """
+        requests = [_chat_request(conversation, i, sampling) for i, conversation in enumerate(conversations)]
+        keys = [request_key(self.model, request) for request in requests]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in journal.results}
+        known = sum(key not in missing for key in keys)
+        if known:
+            print_status(f"going on after {known:,} of {len(keys):,} requests, kept in {journal.path}")
+        with ProgressBar(title, known + len(missing), known) as bar:
+
+            def keep(key: str, reply: Reply) -> None:
+                journal.add(key, reply.to_json())
+                bar.advance()
+
+            reasons = _answer_concurrently(self, missing, keep)
+        stored = [journal.results.get(key) for key in keys]
+        failures = [FailedRequest(i, reasons[key]) for i, key in enumerate(keys) if key in reasons]
+        return Replies([None if value is None else Reply.from_json(value) for value in stored], failures)
 
 
-@dataclass(frozen=True, slots=True)
-class FailedRequest:
-    """A prompt that got no answers."""
-
-    prompt: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """One prompt in the form of the server's API."""
-
-    messages: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any]
-    """Other arguments: n, temperature, max_tokens, seed, tools."""
+def _chat_request(conversation: Conversation, index: int, sampling: Sampling) -> dict[str, Any]:
+    """The arguments of a request in the form of the server's API."""
+    settings: dict[str, Any] = {"n": sampling.answers_per_prompt, "temperature": sampling.temperature}
+    # Not negative in a signed 32-bit integer, in which a server may read it.
+    settings |= {"max_tokens": sampling.max_new_tokens, "seed": chunk_seed(sampling.seed, index) % 2**31}
+    if conversation.tools:
+        settings["tools"] = json.loads(conversation.tools)
+    return {"messages": [message_to_json(turn) for turn in conversation.turns], **settings}
 
 
-def ask_server(
-    server: Server, requests: Sequence[ChatRequest], journal: Journal, on_answer: Callable[[], None]
-) -> tuple[dict[int, list[ServerAnswer]], list[FailedRequest]]:
-    """Answers by the index of their request, each written when it arrives, and permanent failures.
-
-    Requests in the journal are not repeated. Raises `ConfigError` if the server refuses the key or does not know the
-    model, `CheckpointError` if it cannot be reached; answers up to then are kept.
-    """
-    answers = {int(number): [ServerAnswer(*fields) for fields in rows] for number, rows in journal.results.items()}
-    failures: list[FailedRequest] = []
-    unanswered = (number for number in range(len(requests)) if number not in answers)
+def _answer_concurrently(
+    server: Server, requests: Mapping[str, dict[str, Any]], on_reply: Callable[[str, Reply], None]
+) -> dict[str, str]:
+    """Send all requests; `on_reply` gets each reply with its key as it arrives. Returns why others fail for good."""
     client = _make_client(server)
-    ask_one = partial(_ask_one, client, server)
-    in_flight: dict[Future[list[ServerAnswer]], int] = {}
+    remaining = iter(requests.items())
+    in_flight: dict[Future[Reply], str] = {}
+    reasons: dict[str, str] = {}
 
-    def record_result(future: Future[list[ServerAnswer]]) -> None:
-        number = in_flight.pop(future)
+    def take(future: Future[Reply]) -> None:
+        key = in_flight.pop(future)
         try:
-            answers[number] = future.result()
+            reply = future.result()
         # only this request fails; every other error stops all of them
         except _RefusedError as error:
-            failures.append(FailedRequest(number, str(error)))
-            return
-        journal.add(str(number), [[a.text, a.stopped] for a in answers[number]])
-        on_answer()
+            reasons[key] = str(error)
+        else:
+            on_reply(key, reply)
 
     with closing(client), ThreadPoolExecutor(server.concurrency) as pool:
         try:
             # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
             while True:
-                for number in islice(unanswered, QUEUED_PER_WORKER * server.concurrency - len(in_flight)):
-                    in_flight[pool.submit(ask_one, requests[number])] = number
+                for key, request in islice(remaining, QUEUED_PER_WORKER * server.concurrency - len(in_flight)):
+                    in_flight[pool.submit(_ask_one, client, server, request)] = key
                 if not in_flight:
-                    break
+                    return reasons
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
-                    record_result(future)
+                    take(future)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)  # requests in flight have been paid for
             for future in [f for f in in_flight if f.done() and not f.cancelled() and f.exception() is None]:
-                record_result(future)
+                take(future)
             raise
-    # completion order differs between runs
-    return answers, sorted(failures, key=lambda failure: failure.prompt)
 
 
 class _RefusedError(Exception):
@@ -160,8 +170,8 @@ def _keep_own_headers(key: str, request: Any) -> None:
     request.headers["authorization"] = f"Bearer {key}"
 
 
-def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAnswer]:
-    """The answers to one request; `_RefusedError` where it fails for good, a `RungError` where all others would too."""
+def _ask_one(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
+    """The reply to one request; `_RefusedError` where it fails for good, a `RungError` where all others would too."""
     openai: Any = import_module("openai")
     key = client.api_key
 
@@ -169,9 +179,9 @@ def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAn
     def clean(error: Exception) -> str:
         return " ".join(str(error).split()).replace(key, "***")[:300] if key != NO_KEY else str(error)[:300]
 
+    start_time = time.perf_counter()
     try:
-        messages = list(request.messages)
-        answer = client.chat.completions.create(model=server.model, messages=messages, **request.settings)
+        answer = client.chat.completions.create(model=server.model, **request)
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         summary = f"the server refuses the key in {API_KEY_VARIABLE}: {clean(error)}"
         hint = None if key != NO_KEY else f"put the key of this server into the environment: {API_KEY_VARIABLE}=..."
@@ -192,7 +202,9 @@ def _ask_one(client: Any, server: Server, request: ChatRequest) -> list[ServerAn
         raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
     except (ValueError, RecursionError) as error:
         raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
-    return _parse_answer(answer, int(request.settings.get("n", 1)))
+    prompt_tokens, answer_tokens = _token_counts(answer)
+    answers = _parse_answers(answer, int(request["n"]))
+    return Reply(answers, prompt_tokens, answer_tokens, time.perf_counter() - start_time)
 
 
 def _is_openai(url: str) -> bool:
@@ -233,17 +245,25 @@ def _check_url(url: str) -> None:
         raise ConfigError("plain http to another machine: everybody between could read along", given=url, hint=hint)
 
 
-def _parse_answer(answer: Any, expected_count: int) -> list[ServerAnswer]:
+def _token_counts(answer: Any) -> tuple[int | None, int | None]:
+    """Tokens of the prompt and of all answers, None where the server does not say."""
+    usage = getattr(answer, "usage", None)
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    first, second = (count if isinstance(count, int) and count >= 0 else None for count in counts)
+    return first, second
+
+
+def _parse_answers(answer: Any, expected_count: int) -> tuple[Answer, ...]:
     # the client does not check types: of a server that answers in another form any value may come
     choices = getattr(answer, "choices", None)
     choices = choices if isinstance(choices, list) else []
     texts = [_text_of(getattr(getattr(choice, "message", None), "content", None)) for choice in choices]
     if len(texts) != expected_count or None in texts:
         raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
-    return [
-        ServerAnswer(str(text), getattr(choice, "finish_reason", None) == "stop")
+    return tuple(
+        Answer(str(text), getattr(choice, "finish_reason", None) == "stop")
         for text, choice in zip(texts, choices, strict=True)
-    ]
+    )
 
 
 def _text_of(content: object) -> str | None:

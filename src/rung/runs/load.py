@@ -30,7 +30,7 @@ from rung.errors import CheckpointError, ConfigError, DataError, PlanError
 from rung.evaluation.evaluate import Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.retrieval import Library
-from rung.files import is_run_folder, require_undamaged
+from rung.files import MANIFEST, is_run_folder, require_undamaged
 from rung.methods.lora import Lora
 from rung.methods.qlora import dequantize_base
 from rung.methods.registry import attach_method
@@ -208,6 +208,13 @@ def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
         summary = "this run is a reward model: it gives scores and writes nothing"
         raise PlanError(summary, where=str(path), hint="rung eval measures it on held-out pairs")
     return LoadedRun(policy, chat, config, "run")
+
+
+def weight_fingerprints(name: str | Path, policy: Policy) -> list[str]:
+    """What identifies the weights of an opened run or base: a run that is trained again gets others."""
+    # the manifest in adapter/ or model/ holds the hashes of the files
+    manifests = sorted(Path(name).glob(f"[am]*/{MANIFEST}"))
+    return [policy.base.fingerprint, *(file.read_text() for file in manifests)]
 
 
 def config_of_run(run: Path) -> RunConfig:

@@ -23,8 +23,8 @@ from rung.console import print_status
 from rung.data.byte_store import AppendFile
 from rung.errors import CheckpointError
 from rung.files import cache_folder
+from rung.models.packing import pack_together
 from rung.models.policy import Policy
-from rung.training.packing import pack_together
 from rung.types import CachedHidden, Example, PackedBatch, SharedPrefix
 
 SAMPLED_ROWS = 1000

@@ -25,10 +25,10 @@ from rung.methods.protocol import Method, TrainableSet
 from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import original_forwards
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack_separately
 from rung.models.policy import Policy
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests
-from rung.training.packing import pack_separately
 from rung.training.run_folder import NOT_FINITE_FILE, Gate, Progress, RunFolder, State
 from rung.types import Example, PackedBatch
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
+from rung.inference.document_values import values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import compare_logprobs
 from rung.training.run_folder import Gate
-from rung.training.step import values_by_document
 from rung.types import ON_POLICY, Example, PackedBatch, Rollout
 
 BatchValues = Callable[[PackedBatch], Tensor]

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rung.errors import DataError
+from rung.models.packing import pack
 from rung.models.policy import Policy
-from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
 from rung.training.distributed import SINGLE_PROCESS, World
-from rung.training.packing import pack
 from rung.types import Counts, Example, PackedBatch, Unit
 
-T = TypeVar("T")
 MakeBatch = Callable[[], PackedBatch]
 
 
@@ -111,33 +108,6 @@ def mean_loss(
         totals = {unit: sum(rank_values.get(unit, 0.0) for rank_values, _ in by_rank) for unit in sorted(units)}
         counts = reduce(Counts.__add__, (Counts(*rank_values) for _, rank_values in by_rank))
     return sum(total / counts[unit] if counts[unit] else float("nan") for unit, total in totals.items())
-
-
-@torch.no_grad()
-def values_by_document(
-    readers: Sequence[Policy], documents: Sequence[Example], budget: int, value: Callable[[PackedBatch], Iterable[T]]
-) -> list[T]:
-    """The value of each document, in the order of `documents`, without gradient.
-
-    `value` returns one value per document of a batch; `readers` are the policies it runs. `budget` is in tokens per
-    batch and is raised to the longest document.
-    """
-    if not documents:
-        return []
-    # by identity: packing reorders documents, and two of them may be equal
-    index_by_id = {id(document): i for i, document in enumerate(documents)}
-    values: dict[int, T] = {}
-    device = readers[0].device
-    share_prefixes = not has_flat_kernel(device)  # without gradient nothing distinguishes copies of a prefix
-    token_budget = max(budget, *map(len, documents))
-    batches: Iterable[PackedBatch] = pack(
-        documents, token_budget, share_prefixes=share_prefixes, device=device, boundary=readers[0].rope_boundary
-    )
-    for reader in readers:
-        batches = reader.iterate_batches(batches)
-    for batch in batches:
-        values |= {index_by_id[id(d)]: v for d, v in zip(batch.documents, value(batch), strict=True)}
-    return [values[i] for i in range(len(documents))]
 
 
 class CalibrationBatch:

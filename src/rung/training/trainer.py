@@ -25,6 +25,7 @@ from rung.errors import DataError, NoSignalError
 from rung.files import find_damage
 from rung.methods.protocol import Method, TrainableSet
 from rung.models.layers import layers_of, lowest_trainable_layer
+from rung.models.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.models.tree_attention import has_flat_kernel
@@ -36,7 +37,6 @@ from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
 from rung.training.gates import MovementGate, enforce, skip_step
 from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
-from rung.training.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.training.rollout import RolloutSource
 from rung.training.run_folder import (
     Gate,

@@ -1,0 +1,101 @@
+"""One way to ask a model: conversations in, answers out, every answer in a journal before the next is needed.
+
+`AnswerModel` is what can be asked: a model in this process (`inference.local_model`) or one behind a server
+(`inference.openai_client`). Both keep what was answered under the content of the request, so a command that is run
+again asks only what is missing, in whatever order its stages come. `commands.generate`, `commands.judge` and `synth`
+ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rung.inference.journal import Journal
+from rung.models.generate import Sampling
+from rung.types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The turns before the answer that is asked for."""
+
+    turns: tuple[Message, ...]
+    tools: str | None = None
+    """JSON text of the schemas of the tools offered to the model."""
+    task: str | None = None
+    """Task of the conversation, for models that learned something per task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, without the reasoning before it."""
+
+    text: str
+    stopped: bool
+    """True if the model ended the answer, False if it was truncated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """All answers to one conversation, and what they took."""
+
+    answers: tuple[Answer, ...]
+    prompt_tokens: int | None = None
+    """Tokens of the prompt; None for a server that does not count them."""
+    answer_tokens: int | None = None
+    """Tokens of all answers together."""
+    seconds: float = 0.0
+    """Time of the request; of conversations that are answered in one batch each has an equal share."""
+
+    def to_json(self) -> list[Any]:
+        """For a journal."""
+        answers = [[answer.text, answer.stopped] for answer in self.answers]
+        return [answers, self.prompt_tokens, self.answer_tokens, round(self.seconds, 3)]
+
+    @staticmethod
+    def from_json(value: Sequence[Any]) -> Reply:
+        """What `to_json` wrote."""
+        answers, *costs = value
+        return Reply(tuple(Answer(*fields) for fields in answers), *costs)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A conversation that got no answers."""
+
+    index: int
+    """Its place among those asked."""
+    reason: str
+
+
+class Replies(NamedTuple):
+    """The replies in the order of the conversations, None for those that failed, and the failures."""
+
+    replies: list[Reply | None]
+    failures: list[FailedRequest]
+
+
+class AnswerModel(Protocol):
+    """A model that can be asked."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What distinguishes this model from others: answers in a journal are valid for this model only."""
+
+    def ask(
+        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+    ) -> Replies:
+        """Answer every conversation; requests that are in the journal are not repeated.
+
+        One conversation that cannot be answered is a failure by name and stops no other. Raises `RungError` for what
+        would stop all of them; answers up to then are in the journal.
+        """
+
+
+def chunk_seed(seed: int, chunk: int) -> int:
+    """The seed of one chunk of requests, which depends on no chunk before it."""
+    return int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])

@@ -1,0 +1,130 @@
+"""Answers of a model in this process, sampled chunk by chunk, each chunk in the journal before the next.
+
+A chunk has a seed of its own, which makes a command that resumes draw what an uninterrupted one draws. A larger chunk
+would lose more at a stop, a smaller one would fill the batch less.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rung.console import ProgressBar, print_status
+from rung.data.chat import ChatTemplate
+from rung.errors import RungError
+from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
+from rung.inference.journal import Journal, request_key
+from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
+from rung.models.policy import Policy
+
+ANSWERS_PER_BATCH = 64
+"""Answers decoded in one batch."""
+ANSWERS_PER_CHUNK = 256
+"""Answers in one chunk of the journal: what a stop may lose."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A loaded model that answers conversations."""
+
+    policy: Policy
+    chat: ChatTemplate
+    weights: Sequence[str] = ()
+    """Fingerprints of its weights."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The weights: a run that was trained again under the same name is another model."""
+        return {"weights": list(self.weights)}
+
+    def ask(
+        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+    ) -> Replies:
+        """Answer every conversation; a prompt that leaves no room for an answer, or cannot be rendered, fails."""
+        prompts, failures = self._prompts(conversations, sampling.max_new_tokens)
+        tasks = [conversations[i].task for i in prompts]
+        answers, seconds = sample_answers(
+            self.policy, self.chat, list(prompts.values()), tasks, sampling, journal, title=title
+        )
+        replies: list[Reply | None] = [None] * len(conversations)
+        n = sampling.answers_per_prompt
+        for position, (i, prompt) in enumerate(prompts.items()):
+            generated = answers[position * n : (position + 1) * n]
+            texts = tuple(Answer(self._text(answer), answer.stopped) for answer in generated)
+            replies[i] = Reply(texts, len(prompt), sum(len(a.all_tokens) for a in generated), seconds / len(prompts))
+        return Replies(replies, failures)
+
+    def _text(self, answer: GeneratedAnswer) -> str:
+        return self.chat.parsed_answer(answer.all_tokens, stopped=answer.stopped).text.strip()
+
+    def _prompts(
+        self, conversations: Sequence[Conversation], max_new_tokens: int
+    ) -> tuple[dict[int, list[int]], list[FailedRequest]]:
+        """Ids of the prompts by the place of their conversation, and those that cannot be answered."""
+        room = self.policy.base.context - self.policy.method.virtual_tokens - max_new_tokens
+        chat = self.chat.with_control_tokens(None)  # the texts come from files and models, whatever was trained on
+        prompts: dict[int, list[int]] = {}
+        failures: list[FailedRequest] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                ids = chat.prompt_ids(conversation.turns, tools=conversation.tools)
+            except RungError as error:
+                failures.append(FailedRequest(i, str(error)))
+                continue
+            if len(ids) > room:
+                reason = f"the prompt has {len(ids):,} tokens, and the model takes {room:,} before an answer"
+                failures.append(FailedRequest(i, reason))
+            else:
+                prompts[i] = ids
+        return prompts, failures
+
+
+def sample_answers(
+    policy: Policy,
+    chat: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    tasks: Sequence[str | None],
+    sampling: Sampling,
+    journal: Journal,
+    *,
+    title: str = "generate",
+) -> tuple[list[GeneratedAnswer], float]:
+    """Answers to all prompts in order, and the seconds that they took.
+
+    They are sampled chunk by chunk; chunks that the journal has are not sampled again, and count with their seconds.
+    """
+    prompts_per_chunk = max(1, ANSWERS_PER_CHUNK // sampling.answers_per_prompt)
+    starts = range(0, len(prompts), prompts_per_chunk)
+    samplings = [replace(sampling, seed=chunk_seed(sampling.seed, number)) for number in range(len(starts))]
+    keys = []
+    for start, chunk_sampling in zip(starts, samplings, strict=True):
+        chunk = slice(start, start + prompts_per_chunk)
+        keys.append(request_key(list(map(list, prompts[chunk])), list(tasks[chunk]), asdict(chunk_sampling)))
+    if known := sum(key in journal.results for key in keys):
+        print_status(f"going on after {known:,} of {len(keys):,} parts, kept in {journal.path}")
+    answers: list[GeneratedAnswer] = []
+    seconds = 0.0
+    with ProgressBar(title, len(prompts)) as bar:
+        for start, chunk_sampling, key in zip(starts, samplings, keys, strict=True):
+            chunk = slice(start, start + prompts_per_chunk)
+            if (stored := journal.results.get(key)) is not None:
+                answers += [GeneratedAnswer(*fields) for fields in stored["answers"]]
+                seconds += stored["seconds"]
+                bar.advance(len(prompts[chunk]))
+                continue
+            start_time = time.perf_counter()
+            generated = generate_by_task(
+                *(policy, prompts[chunk], tasks[chunk]),
+                stop_ids=chat.generation_stop_ids,
+                sampling=chunk_sampling,
+                batch_size=ANSWERS_PER_BATCH,
+                on_batch=bar.advance,
+            )
+            chunk_seconds = round(time.perf_counter() - start_time, 3)
+            stored_answers = [[a.ids, a.stop, a.logprobs] for a in generated]
+            journal.add(key, {"answers": stored_answers, "seconds": chunk_seconds})
+            answers += generated
+            seconds += chunk_seconds
+    return answers, seconds
