@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -34,6 +36,7 @@ from rung.models.policy import NoMethod, Policy
 from rung.objectives.distill import DistillObjective
 from rung.training.gates import check_decoding, check_packing
 from rung.training.step import accumulate, mean_loss
+from rung.types import Example
 from tolerances import FLOAT64
 
 
@@ -122,6 +125,62 @@ def test_the_teacher_is_asked_once_for_a_document(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(teacher, "hidden_states", lambda b, own=own, asked=asked: (asked.append(1), own(b))[1])
         again = mean_loss(policy, objective, pack(examples[::-1], 90))
         assert again == pytest.approx(first, abs=1e-5) and (not asked) == keep
+
+
+def teacher_prompts(examples: Sequence[Example]) -> dict[int, NDArray[np.int32]]:
+    """A prompt for each document: a common beginning of worked examples, then something of its own."""
+    shared = np.arange(20, 20 + MIN_PREFIX_AHEAD, dtype=np.int32)
+    return {id(e): np.concatenate([shared, [7 + i], e.ids[:3]]).astype(np.int32) for i, e in enumerate(examples)}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_teacher_behind_another_prompt_is_that_teacher_on_whole_documents(kept: bool) -> None:
+    """Prompt distillation: the base itself, behind a longer prompt. However the step is packed, from the cache too."""
+    policy, own = tuned("lora", "phi", dtype=torch.float64, rank=4)
+    theirs, their_method = naive("lora", "phi", dtype=torch.float64, rank=4)
+    plain = tiny_model("phi", dtype=torch.float64)
+    plain.set_attn_implementation("sdpa")
+    examples = documents(3, count=5, shared=MIN_PREFIX_AHEAD)
+    prompts = teacher_prompts(examples)
+    config = DistillConfig(teacher="base", teacher_sees={"shots": 2}, cross_entropy=0.25)  # type: ignore[arg-type]
+    teacher = policy_of(tiny_model("phi", dtype=torch.float64))
+    objective = DistillObjective(config, teacher, lambda document: prompts[id(document)])
+    if kept:
+        objective.open_state_cache()
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for e in examples:
+        at = np.flatnonzero(e.supervised)
+        answer = e.ids[at[0] :]
+        taught_ids = torch.from_numpy(np.concatenate([prompts[id(e)], answer]).astype(np.int64))
+        ids = torch.from_numpy(e.ids.astype(np.int64))
+        s = theirs(ids[None], use_cache=False).logits[0][at - 1].log_softmax(-1)
+        t = plain(taught_ids[None], use_cache=False).logits[0][at - at[0] + len(prompts[id(e)]) - 1].log_softmax(-1)
+        nats = -s[torch.arange(len(at)), ids[at]]
+        total = total + e.weight * (written_out("forward", t.detach(), s, 0.5) + 0.25 * nats).sum()
+        weights += e.weight * len(at)
+    (total / weights).backward()
+    for batches in (pack(examples, 10_000), pack(examples[::-1], 90), pack_separately(examples)):
+        policy.model.zero_grad()
+        found = accumulate(policy, objective, batches)
+        assert float(found) == pytest.approx((total / weights).item(), rel=FLOAT64)
+        assert distance(gradients(own), gradients(their_method)) < FLOAT64
+    # the mutation: a teacher that reads the student's prompt is the student before its first step
+    blind = DistillObjective(config, teacher, lambda document: document.ids[: int(document.supervised.argmax())])
+    assert mean_loss(policy, blind, pack(examples, 90)) != pytest.approx((total / weights).item(), rel=0.02)
+
+
+def test_equal_documents_behind_two_prompts_have_two_teachers() -> None:
+    """The student is asked the same closed-book question about two passages: cached states are not mixed up."""
+    policy, _ = tuned("lora", "phi", dtype=torch.float64)
+    examples = documents(1, count=1)
+    examples = [replace(examples[0], row=i) for i in range(2)]
+    prompts = teacher_prompts(examples)
+    config = DistillConfig(teacher="base", teacher_sees={"shots": 2})  # type: ignore[arg-type]
+    objective = DistillObjective(config, policy_of(tiny_model("phi", dtype=torch.float64)), lambda d: prompts[id(d)])
+    apart = [mean_loss(policy, objective, pack([e], 100)) for e in examples]
+    objective.open_state_cache()
+    assert [mean_loss(policy, objective, pack([e], 100)) for e in examples] == pytest.approx(apart, rel=FLOAT64)
+    assert apart[0] != pytest.approx(apart[1], rel=1e-3)
 
 
 def test_heads_of_other_sizes_are_compared_over_the_smaller() -> None:

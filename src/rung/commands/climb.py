@@ -19,7 +19,7 @@ from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
 from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
 from rung.commands.forgetting import RESULT_FILE, check_room, forgetting_task, measure_forgetting, read_forgetting
 from rung.commands.hyperparameter_search import apply_settings, read_search_result, search_settings
-from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
+from rung.config.climb import DISTILLED_PROMPT, UNTUNED, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
 from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
 from rung.config.method import FullConfig
@@ -39,7 +39,7 @@ from rung.report.tables import change_text
 from rung.results import CurvePoint, ForgettingComparison, ForgettingResult, Ladder, SkippedRung
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
-from rung.runs.dataset import RunData, read_splits, tokenize_splits
+from rung.runs.dataset import RunData, read_splits
 from rung.runs.load import (
     LoadedRun,
     dequantize_if_configured,
@@ -51,6 +51,7 @@ from rung.runs.load import (
     open_run,
     settle_arithmetic,
 )
+from rung.runs.teacher import tokenize_run
 from rung.runs.train import StartMode, train_on_data
 from rung.training.memory_use import reset_peak_memory
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, write_json
@@ -158,7 +159,7 @@ class Climb:
         # themselves. `FullConfig` stands for all others: none of them changes a document.
         evaluation = self.config.evaluation.model_copy(update={"context": context})
         config = self.config.model_copy(update={"method": FullConfig(), "evaluation": evaluation})
-        return tokenize_splits(config, self._splits, base, self._prompts.library)
+        return tokenize_run(config, self._splits, base, self._prompts.library)
 
     def _measure_all(self, folder: RunFolder, data: dict[Context, RunData]) -> Ladder:
         try:
@@ -259,15 +260,24 @@ class Climb:
         model = LoadedRun(Policy(self._pristine_base(), NoMethod()), chat)
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
-        instruction = self.config.evaluation.instruction
         prompts = self._prompts
         if prompts.instruction_rung == rung:
             cost |= prompts.choose_instruction(rung, folder, partial(self._evaluate, model, title=rung.label))
-            instruction = cost["instruction"]
-        elif prompts.instruction_rung is not None:
-            # Read from disk, since a resumed climb did not choose it in this process.
-            instruction = read_result(self._rung_folders(prompts.instruction_rung)[0])["instruction"]
+        instruction = cost["instruction"] if "instruction" in cost else self._instruction
         self._score(model, prompts.for_rung(rung, instruction), folder, rung.label, cost)
+
+    @property
+    def _instruction(self) -> str | None:
+        """The instruction of the untuned rungs: the chosen one, or else that of the config."""
+        if (rung := self._prompts.instruction_rung) is None:
+            return self.config.evaluation.instruction
+        # Read from disk, since a resumed climb did not choose it in this process.
+        return read_result(self._rung_folders(rung)[0])["instruction"]  # type: ignore[no-any-return]
+
+    def _rung_config(self, rung: RungConfig, folder: Path, seed_index: int = 0) -> RunConfig:
+        """The config of the run of a tuned rung, with the chosen instruction where it distills a prompt."""
+        instruction = self._instruction if rung.kind == DISTILLED_PROMPT else None
+        return rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index, instruction)
 
     def _evaluate(self, model: LoadedRun, records: Records, prompt_format: PromptFormat, *, title: str) -> Evaluation:
         return evaluate(model.policy, model.chat, records, prompt_format, self.config.evaluation, title=title)
@@ -282,10 +292,10 @@ class Climb:
         is_started = is_run_folder(folder)
         if not is_started:
             # Checked before the search, so that no trial starts for a rung that does not fit.
-            default_config = rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index)
+            default_config = self._rung_config(rung, folder, seed_index)
             checks.refuse_if_too_large(default_config, device(), beyond=False)
         rung = self._apply_search(rung, data)
-        config = rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index)
+        config = self._rung_config(rung, folder, seed_index)
         model = self._train_or_open(config, lambda base: self._data_for(config, base, data))
         dequantize_if_configured(model.policy, config)
         search_result = read_search_result(self.path / "search" / rung.slug)
@@ -310,7 +320,7 @@ class Climb:
         folder = self.path / "search" / rung.slug
         if (search_result := read_search_result(folder)) is not None:
             return apply_settings(rung, search_result["chosen"])
-        config = rung_run_config(self.config, rung, str(folder), self.config.seed)
+        config = self._rung_config(rung, folder)
 
         def train(trial: RunConfig, stop_check: StopCheck) -> None:
             base = self._base_to_train(trial)
@@ -319,10 +329,10 @@ class Climb:
         return search_settings(config, search, rung, folder, len(data.train.rows), train)
 
     def _data_for(self, config: RunConfig, base: BaseModel, shared: RunData) -> RunData:
-        """The shared data, or the splits tokenized anew for a method whose virtual tokens change the documents."""
-        if not config.method.virtual_token_count:
+        """The shared data, or the splits tokenized anew where virtual tokens or an objective need other documents."""
+        if not config.method.virtual_token_count and config.objective == self.config.objective:
             return shared
-        return tokenize_splits(config, self._splits, base, self._prompts.library)
+        return tokenize_run(config, self._splits, base, self._prompts.library)
 
     @property
     def _curve_points(self) -> list[tuple[int, Path]]:
@@ -356,11 +366,11 @@ class Climb:
         # The settings chosen with all rows: a search for each point would measure the search as well.
         search_result = read_search_result(self.path / "search" / rung.slug)
         tuned_rung = apply_settings(rung, search_result["chosen"]) if search_result else rung
-        config = rung_run_config(self.config, tuned_rung, str(folder), self.config.seed)
+        config = self._rung_config(tuned_rung, folder)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
         library = self._prompts.library
         # The splits are read again: the limit of rows is applied when they are read.
-        model = self._train_or_open(config, lambda base: tokenize_splits(config, read_splits(config), base, library))
+        model = self._train_or_open(config, lambda base: tokenize_run(config, read_splits(config), base, library))
         point = {"rung": rung.label, "rows": read_manifest(folder)["data"]["splits"]["train"]["rows"]}
         cost = {**_training_cost(folder), **point}
         self._score(model, self._prompts.for_rung(rung, None), folder, f"{rows:,} rows", cost)
@@ -406,7 +416,7 @@ class Climb:
             # The model of the base rung is another than the cached base, and only one may be in memory.
             self._cached_base = None
             splits, base = read_splits(config), load_base_on_device(self._with_recorded_arithmetic(config).model)
-            data = tokenize_splits(config, splits, base, self._prompts.library)
+            data = tokenize_run(config, splits, base, self._prompts.library)
             train_on_data(config, base, data, StartMode(resume=is_started))
         # To have this rung one must also train and keep the one below it.
         base_cost, cost = read_result(base_folder), _training_cost(folder)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rung.config.climb import UNTUNED, WITH_SHOTS, OnTopConfig, RungConfig
+from rung.config.climb import DISTILLED_PROMPT, UNTUNED, WITH_SHOTS, OnTopConfig, RungConfig
 from rung.config.evaluation import Context
 from rung.config.io import on_top_run_config
 from rung.config.run import RunConfig
@@ -97,6 +97,8 @@ class ClimbPrompts:
         if rung.kind in UNTUNED:
             prompt_format = self.prompt_format(rung, instruction)
             facts |= {"instruction": instruction, **self._shots_summary(rung, prompt_format)}
+        elif rung.kind == DISTILLED_PROMPT:
+            facts["replaces"] = self.config.climb.replaced_rung(rung).label
         return RungPrompts(self.with_contexts(rung, self.test), prompt_format, facts)
 
     def with_contexts(self, rung: RungConfig, records: Records) -> Records:

@@ -218,7 +218,8 @@ def _prompt_contents(facts: Mapping[str, Any]) -> str:
     selection = {"similarity": "nearest ", "coverage": "covering "}.get(str(facts.get("example_selection")), "")
     shots = f"{facts['shots_each']} {selection}shots" if facts.get("shots_each") else ""
     parts = ("instruction" if facts.get("instruction") else "", shots, CONTEXT_LABELS.get(str(facts.get("context"))))
-    return ", ".join(filter(None, parts)) or "the question"
+    contents = ", ".join(filter(None, parts)) or "the question"
+    return f"{contents}, in place of the prompt of {facts['replaces']}" if facts.get("replaces") else contents
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rung.data.tokenize import tokenize_records
 from rung.errors import ConfigError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, ScoredItem, evaluate, prompt_ids
 from rung.evaluation.prompting import PromptFormat
-from rung.inference.document_values import values_by_document
+from rung.models.document_values import values_by_document
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import ForgettingComparison

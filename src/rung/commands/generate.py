@@ -33,11 +33,11 @@ from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.reward_model import RewardScorer
 from rung.files import is_run_folder, write_text
 from rung.inference.ask import Conversation, FailedRequest
-from rung.inference.document_values import values_by_document
 from rung.inference.journal import Journal
 from rung.inference.local_model import sample_answers
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
 from rung.models.base_model import BaseModel
+from rung.models.document_values import values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling
 from rung.models.policy import NoMethod, Policy, sum_by_document
 from rung.results import GenerationResult

@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config, Fraction
-from rung.config.evaluation import Context
+from rung.config.evaluation import Context, ExampleSelection
 
 UntunedKind = Literal["zero_shot", "few_shot", "rag", "few_shot+rag"]
 VirtualTokenKind = Literal["prompt", "prefix", "p_tuning"]
 WeightKind = Literal["head", "bottleneck", "lora", "qlora", "lottery", "mixture", "peft", "full"]
-RungKind = Literal[UntunedKind, VirtualTokenKind, WeightKind]
+DISTILLED_PROMPT = "distilled_prompt"
+"""A LoRA that learns to answer the bare question as the base answers the prompt of an untuned rung."""
+RungKind = Literal[UntunedKind, VirtualTokenKind, Literal["distilled_prompt"], WeightKind]
 UNTUNED: tuple[str, ...] = get_args(UntunedKind)
 """Rungs that train nothing."""
 # kinds that put worked examples, or retrieved passages, in front of a question
 WITH_SHOTS = ("few_shot", "few_shot+rag")
 RETRIEVING = ("rag", "few_shot+rag")
-ExampleSelection = Literal["random", "similarity", "coverage"]
 
 
 class RungConfig(Config):
@@ -36,6 +37,8 @@ class RungConfig(Config):
     context: Context | None = None
     """Context before the question, in training and in the test. Default: `retrieved` for rag and few_shot+rag,
     `evaluation.context` for all others."""
+    replaces: str | None = None
+    """distilled_prompt only: name of the untuned rung whose prompt it learns; default: the last one before it."""
     method: dict[str, Any] = Field(default_factory=dict)
     """Tuned rungs only: method settings that differ from the section `method`."""
     training: dict[str, Any] = Field(default_factory=dict)
@@ -45,6 +48,11 @@ class RungConfig(Config):
     def label(self) -> str:
         """Name in the ladder."""
         return self.name or self.kind
+
+    @property
+    def method_kind(self) -> str:
+        """Kind of the method of a tuned rung."""
+        return "lora" if self.kind == DISTILLED_PROMPT else self.kind
 
     def context_of(self, default: Context) -> Context:
         """Context of this rung, where `evaluation.context` is `default`."""
@@ -59,6 +67,8 @@ class RungConfig(Config):
         for name in ("shots", "example_selection"):
             if getattr(self, name) is not None and self.kind not in WITH_SHOTS:
                 raise ValueError(f"rung {self.label!r} takes no `{name}`: only few_shot and few_shot+rag do")
+        if self.replaces is not None and self.kind != DISTILLED_PROMPT:
+            raise ValueError(f"rung {self.label!r} takes no `replaces`: only distilled_prompt does")
         if self.kind in RETRIEVING and self.context not in (None, "retrieved"):
             raise ValueError(f"rung {self.label!r} retrieves: its `context` is retrieved")
 
@@ -166,7 +176,21 @@ class ClimbConfig(Config):
             r.reject_unused_settings()
         return rungs
 
+    def replaced_rung(self, rung: RungConfig) -> RungConfig:
+        """The untuned rung whose prompt a distilled_prompt rung learns. Raises `ValueError` if there is none."""
+        # by label: a search gives the rung other settings
+        position = [r.label for r in self.rungs].index(rung.label)
+        untuned = [r for r in self.rungs[:position] if r.kind in UNTUNED]
+        named = [r for r in untuned if rung.replaces in (None, r.label)]
+        if not named:
+            names = ", ".join(r.label for r in untuned) or "there is none"
+            raise ValueError(f"rung {rung.label!r} replaces the prompt of an untuned rung before it ({names})")
+        return named[-1]
+
     def _check(self) -> None:
+        for rung in self.rungs:
+            if rung.kind == DISTILLED_PROMPT:
+                self.replaced_rung(rung)
         if (self.search or self.curve or self.forgetting) and all(r.kind in UNTUNED for r in self.rungs):
             raise ValueError("search, curve and forgetting are about tuned rungs, and there is none")
         # rising and distinct: each number is a folder and a point of the curve

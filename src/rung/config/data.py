@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config, Fraction
 
@@ -28,6 +28,8 @@ class WeightedPath(Config):
     """Group column of this data set; default: `data.group`."""
     task: str | None = None
     """Task of all rows of this data set; default: the column `data.task`, if set."""
+    format: Format | None = None
+    """Format of the rows of this data set; default: `data.format`."""
 
 
 class DataConfig(Config):
@@ -35,7 +37,8 @@ class DataConfig(Config):
 
     path: str | tuple[WeightedPath, ...] = Field(default=...)
     """A file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet; text also as .gz, .bz2 or .zst), a pattern such as
-    data/*.jsonl, a folder of such files or of `save_to_disk`, a `datasets` name, or a list of {path, weight}."""
+    data/*.jsonl, a folder of such files or of `save_to_disk`, a `datasets` name, or a list of these or of
+    {path, weight, format}."""
     format: Format = "auto"
     """Row format. `auto` detects it from all rows and refuses ambiguous data."""
     map: dict[str, str] = Field(default_factory=dict)
@@ -69,6 +72,11 @@ class DataConfig(Config):
     """For training prompts that also occur in the validation or test split: stop, or leave out the training rows."""
     loss_on: LossOn = "answer"
     """Tokens that are trained on: the final answer, every assistant turn, or all tokens."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _expand_paths(cls, path: Any) -> Any:
+        return [{"path": p} if isinstance(p, str) else p for p in path] if isinstance(path, list | tuple) else path
 
     @property
     def held_out_files(self) -> dict[str, str]:

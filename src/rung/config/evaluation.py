@@ -10,6 +10,7 @@ from rung.config.base import Config
 from rung.config.judge import JudgeConfig
 
 Context = Literal["given", "withheld", "retrieved"]
+ExampleSelection = Literal["random", "similarity", "coverage"]
 
 MetricName = Literal["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "perplexity"]
 

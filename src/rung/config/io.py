@@ -18,7 +18,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rung.config.climb import OnTopConfig, RungConfig
+from rung.config.climb import DISTILLED_PROMPT, WITH_SHOTS, OnTopConfig, RungConfig
 from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
@@ -170,20 +170,43 @@ def config_to_dict(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def rung_run_config(config: RunConfig, rung: RungConfig, output: str, seed: int) -> RunConfig:
+def rung_run_config(
+    config: RunConfig, rung: RungConfig, output: str, seed: int, instruction: str | None = None
+) -> RunConfig:
     """The config of the run of a tuned rung.
 
     A rung with the method of the config takes over the sections `method` and `training`. A rung with another method
     starts from the defaults of that method, including its learning rate: a rate that suits one method can ruin another
-    (decision 0006).
+    (decision 0006). `instruction` is the one that the climb chose, for a rung that distills a prompt.
     """
-    base = config_to_dict(config)
-    is_same_method = rung.kind == config.method.kind
-    method = {**(base["method"] if is_same_method else {"kind": rung.kind}), **rung.method, "kind": rung.kind}
+    base, kind = config_to_dict(config), rung.method_kind
+    is_same_method = kind == config.method.kind
+    method = {**(base["method"] if is_same_method else {"kind": kind}), **rung.method, "kind": kind}
     training = {**base["training"], **({} if is_same_method else {"learning_rate": None}), **rung.training}
     evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context)}
     sections = {"method": method, "training": training, "evaluation": evaluation}
+    if rung.kind == DISTILLED_PROMPT:
+        evaluation["instruction"] = instruction or next(iter(_instructions(config)), None)
+        sections["objective"] = _prompt_distillation(config, rung)
     return parse_config({**base, **sections, "output": output, "seed": seed}, f"climb.rungs {rung.label}")
+
+
+def _instructions(config: RunConfig) -> list[str]:
+    """All instructions of a climb, that of the evaluation first."""
+    return [*filter(None, [config.evaluation.instruction]), *config.climb.instructions]
+
+
+def _prompt_distillation(config: RunConfig, rung: RungConfig) -> dict[str, Any]:
+    """The section `objective` of a rung that distills the prompt of an untuned rung."""
+    replaced = config.climb.replaced_rung(rung)
+    shots = (replaced.shots or config.evaluation.shots) if replaced.kind in WITH_SHOTS else 0
+    sees = {
+        "instruction": bool(_instructions(config)),
+        "shots": shots,
+        "example_selection": replaced.example_selection,
+        "context": replaced.context_of(config.evaluation.context),
+    }
+    return {"kind": "distill", "teacher": "base", "teacher_sees": sees}
 
 
 def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, output: str, seed: int) -> RunConfig:

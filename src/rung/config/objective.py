@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config
+from rung.config.evaluation import Context, ExampleSelection
 
 
 class ObjectiveBase(Config):
@@ -29,6 +30,11 @@ class ObjectiveBase(Config):
     def on_policy_share(self) -> float:
         """Share of the rows that the policy answers itself."""
         return 0.0
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether another model stands on the run's own base, which must then stay as it was loaded."""
+        return False
 
 
 class SftConfig(ObjectiveBase):
@@ -223,6 +229,11 @@ class ReinforcementBase(ObjectiveBase):
         return 1.0
 
     @property
+    def shares_base(self) -> bool:
+        """Whether a reward model is attached to the base."""
+        return isinstance(self.reward, ModelRewardConfig)
+
+    @property
     def kl_weight(self) -> float:
         """The resolved `beta`."""
         return self.beta or 0.0
@@ -299,11 +310,36 @@ class PpoConfig(ReinforcementBase):
     rollout: RolloutConfig = RolloutConfig(num_generations=1, num_iterations=4, num_minibatches=2)
     """How answers are generated."""
 
+    @property
+    def shares_base(self) -> bool:
+        """Always: the value model is attached to the base."""
+        return True
+
     def _check(self) -> None:
         if not self.kl_weight and (self.reference != "base" or self.adaptive_kl is not None):
             raise ValueError("beta: 0 knows no reference, and nothing to adapt")
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")
+
+
+class TeacherPromptConfig(Config):
+    """The prompt that the teacher reads in place of the student's: prompt distillation (Snell et al. 2022).
+
+    The answer after it is the same, token by token.
+    """
+
+    instruction: bool = False
+    """Whether the teacher reads `evaluation.instruction`."""
+    shots: NonNegativeInt = 0
+    """Worked examples before the question, taken from the training split; never the question itself."""
+    example_selection: ExampleSelection | None = None
+    """How worked examples are chosen, as for the few-shot rung; default: `random`."""
+    context: Context | None = None
+    """Context before the teacher's question; default: that of the student, `evaluation.context`."""
+
+    def _check(self) -> None:
+        if self.example_selection is not None and not self.shots:
+            raise ValueError("example_selection is for shots above 0")
 
 
 class DistillConfig(ObjectiveBase):
@@ -313,7 +349,14 @@ class DistillConfig(ObjectiveBase):
     reward: ClassVar[None] = None
     kind: Literal["distill"] = "distill"
     teacher: str = Field(default=..., min_length=1)
-    """A run folder or any base with the vocabulary of the student."""
+    """A run folder or any base with the vocabulary of the student; `base`: the model of this run as it was before
+    training, which needs `teacher_sees`."""
+    teacher_sees: TeacherPromptConfig | None = None
+    """A longer prompt for the teacher, whose effect the student learns without reading it; default: the student's."""
+    answers: Literal["data", "teacher"] | None = None
+    """The answers on which both are compared: those of the rows, or greedy ones of the teacher, written before training
+    with the settings of `evaluation` (Kim and Rush 2016, section 3.2), so that rows need none. Default: `teacher` with
+    `teacher_sees`, else `data`."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """`forward`: KL(teacher || student), which covers all modes of the teacher; `reverse`: KL(student || teacher),
     which concentrates on its main modes; `jsd`: between the two (Agarwal et al. 2024, eq. 1)."""
@@ -340,7 +383,23 @@ class DistillConfig(ObjectiveBase):
         """The setting `on_policy`."""
         return self.on_policy
 
+    @property
+    def shares_base(self) -> bool:
+        """Whether the base itself is the teacher."""
+        return self.teacher == "base"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher writes the answers."""
+        return (self.answers or ("data" if self.teacher_sees is None else "teacher")) == "teacher"
+
     def _check(self) -> None:
+        if self.teacher == "base" and self.teacher_sees is None:
+            raise ValueError("teacher: base knows what the student knows: give it a longer prompt with teacher_sees")
+        if self.teacher_sees is not None and self.teacher_sees == TeacherPromptConfig():
+            raise ValueError("teacher_sees adds nothing: give it an instruction, shots or a context")
+        if self.cosine and self.teacher_sees is not None:
+            raise ValueError("cosine compares states at the same place, and the teacher reads another prompt")
         if self.beta != 0.5 and self.divergence != "jsd":
             raise ValueError("beta is for divergence: jsd")
         if self.rollout != type(self).model_fields["rollout"].default and not self.on_policy:

@@ -17,7 +17,7 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted_token_ids
 from rung.config.model import ModelConfig
-from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, ModelRewardConfig, ObjectiveConfig, SftConfig
+from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, DistillConfig, ObjectiveConfig, SftConfig
 from rung.config.training import TrainingConfig
 
 
@@ -64,6 +64,9 @@ class RunConfig(Config):
             raise ValueError("evaluation.retrieve says where passages come from, and nothing here retrieves any")
         if self.climb.search is not None and self.data.validation == 0:
             raise ValueError("climb.search compares on the validation split, and data.validation is 0")
+        self._check_objective()
+
+    def _check_objective(self) -> None:
         if self.objective.kind in COMPARISON_KINDS and self.data.loss_on != "answer":
             raise ValueError(f"objective {self.objective.kind} compares answers: data.loss_on is answer")
         is_kto = self.objective.kind == "preference" and self.objective.loss == "kto"
@@ -71,6 +74,8 @@ class RunConfig(Config):
             raise ValueError("kto reads answers behind other rows' prompts: training.examples_per_step is at least 2")
         if self.objective.kind in ROLLOUT_KINDS:
             self._check_rollouts()
+        if isinstance(self.objective, DistillConfig):
+            self._check_teacher(self.objective)
         # the reference is the base, whose embedding table has no rows for these ids
         if self.objective.reference_model and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
@@ -94,6 +99,17 @@ class RunConfig(Config):
         if kind == "ppo" and inserted_token_ids(self.method, 0):
             raise ValueError("a value model cannot read virtual tokens inside the text: put all of them in front")
 
+    def _check_teacher(self, objective: DistillConfig) -> None:
+        sees = objective.teacher_sees
+        if sees is not None and sees.instruction and not self.evaluation.instruction:
+            raise ValueError("teacher_sees.instruction is evaluation.instruction, and there is none")
+        if sees is not None and sees.context == self.evaluation.context and not (sees.instruction or sees.shots):
+            raise ValueError(f"teacher_sees adds nothing: the student's context is {sees.context} too")
+        if (sees is not None or objective.asks_teacher) and self.data.loss_on != "answer":
+            raise ValueError("teacher and student are compared on the last answer of a row: data.loss_on is answer")
+        if sees is not None and self.data.overflow == "trim_prompt":
+            raise ValueError("the teacher reads prompts as they are: data.overflow is error or drop")
+
     def with_model(self, **settings: str) -> RunConfig:
         """The config with these settings in its `model` section, for example what `auto` stands for."""
         return self.model_copy(update={"model": self.model.model_copy(update=settings)})
@@ -102,12 +118,18 @@ class RunConfig(Config):
     def retrieves(self) -> bool:
         """Whether the run or one of its rungs retrieves passages."""
         default_context = self.evaluation.context
-        return "retrieved" in {default_context, *(r.context_of(default_context) for r in self.climb.rungs)}
+        sees = self.objective.teacher_sees if isinstance(self.objective, DistillConfig) else None
+        teacher_context = None if sees is None else sees.context
+        return "retrieved" in {
+            default_context,
+            teacher_context,
+            *(r.context_of(default_context) for r in self.climb.rungs),
+        }
 
     @property
     def shares_base(self) -> bool:
-        """Whether a value or reward model is attached to the base too, which must then stay as it was loaded."""
-        return self.objective.kind == "ppo" or isinstance(self.objective.reward, ModelRewardConfig)
+        """Whether another model stands on the base, which must then stay as it was loaded."""
+        return self.objective.shares_base
 
     @property
     def learning_rate(self) -> float:

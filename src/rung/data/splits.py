@@ -275,10 +275,11 @@ def _order_digest(line: bytes) -> bytes:
 
 
 def _load_set(config: DataConfig, weighted_path: WeightedPath) -> LoadedRows:
-    """Load a set with its own group column and task, where the config gives them."""
+    """Load a set with its own group column, task and format, where the config gives them."""
     # a task given for the set replaces the column of tasks
     task = None if weighted_path.task is not None else config.task
-    set_config = config.model_copy(update={"group": weighted_path.group or config.group, "task": task})
+    settings = {"group": weighted_path.group or config.group, "format": weighted_path.format or config.format}
+    set_config = config.model_copy(update={**settings, "task": task})
     loaded = load_records(set_config, weighted_path.path)
     if weighted_path.task is None:
         return loaded

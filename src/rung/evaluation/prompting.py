@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.config.climb import ExampleSelection
+from rung.config.evaluation import ExampleSelection
 from rung.data.chat import with_context
 from rung.data.records import distinct_conversations
 from rung.errors import DataError
@@ -139,10 +139,11 @@ def _words(train: Sequence[Record], rows: NDArray[np.int64]) -> list[list[str]]:
 
 def _usable_records(train: Sequence[Record], count: int) -> NDArray[np.int64]:
     distinct = distinct_conversations(train)  # a weighted row is in the split several times
-    # an answer that is labeled as undesirable or not to be learned is no example to follow
+    # an answer that is missing, labeled as undesirable or not to be learned is no example to follow
     records = (train[int(i)] for i in distinct)
-    usable: NDArray[np.int64] = distinct[[not (record.is_undesirable or record.is_excluded) for record in records]]
+    unusable = [record.is_undesirable or record.is_excluded or record.is_prompt_only for record in records]
+    usable: NDArray[np.int64] = distinct[np.logical_not(unusable)]
     if len(usable) < count:
-        summary = f"{count} worked examples are wanted and the training split has {len(usable)} rows"
+        summary = f"{count} worked examples are wanted and the training split has {len(usable)} rows with an answer"
         raise DataError(summary, where="evaluation.shots")
     return usable

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
-from rung.inference.document_values import values_by_document
+from rung.models.document_values import values_by_document
 from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
 from rung.models.tree_attention import has_flat_kernel

@@ -37,6 +37,8 @@ class Answer:
     text: str
     stopped: bool
     """True if the model ended the answer, False if it was truncated."""
+    reasoning: str = ""
+    """What the model wrote before the answer, where its template marks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Reply:
 
     def to_json(self) -> list[Any]:
         """For a journal."""
-        answers = [[answer.text, answer.stopped] for answer in self.answers]
+        answers = [[answer.text, answer.stopped, answer.reasoning] for answer in self.answers]
         return [answers, self.prompt_tokens, self.answer_tokens, round(self.seconds, 3)]
 
     @staticmethod

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.inference.document_values import values_by_document
+from rung.models.document_values import values_by_document
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.types import Example, PackedBatch, Source

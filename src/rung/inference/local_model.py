@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from rung.console import ProgressBar, print_status
@@ -33,11 +34,13 @@ class LocalModel:
     chat: ChatTemplate
     weights: Sequence[str] = ()
     """Fingerprints of its weights."""
+    stop_texts: Sequence[str] = ()
+    """Texts that end an answer; the first one and what follows it are not part of the answer."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """The weights: a run that was trained again under the same name is another model."""
-        return {"weights": list(self.weights)}
+        return {"weights": list(self.weights), "stop_texts": list(self.stop_texts)}
 
     def ask(
         self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
@@ -46,18 +49,22 @@ class LocalModel:
         prompts, failures = self._prompts(conversations, sampling.max_new_tokens)
         tasks = [conversations[i].task for i in prompts]
         answers, seconds = sample_answers(
-            self.policy, self.chat, list(prompts.values()), tasks, sampling, journal, title=title
+            *(self.policy, self.chat, list(prompts.values()), tasks, sampling, journal),
+            title=title,
+            stop_texts=self.stop_texts,
         )
         replies: list[Reply | None] = [None] * len(conversations)
         n = sampling.answers_per_prompt
         for position, (i, prompt) in enumerate(prompts.items()):
             generated = answers[position * n : (position + 1) * n]
-            texts = tuple(Answer(self._text(answer), answer.stopped) for answer in generated)
-            replies[i] = Reply(texts, len(prompt), sum(len(a.all_tokens) for a in generated), seconds / len(prompts))
+            parsed = tuple(map(self._parsed, generated))
+            replies[i] = Reply(parsed, len(prompt), sum(len(a.all_tokens) for a in generated), seconds / len(prompts))
         return Replies(replies, failures)
 
-    def _text(self, answer: GeneratedAnswer) -> str:
-        return self.chat.parsed_answer(answer.all_tokens, stopped=answer.stopped).text.strip()
+    def _parsed(self, answer: GeneratedAnswer) -> Answer:
+        options: Any = {"stopped": answer.stopped, "stop_texts": self.stop_texts}
+        parsed = self.chat.parsed_answer(answer.all_tokens, **options)
+        return Answer(parsed.text.strip(), answer.stopped, parsed.reasoning)
 
     def _prompts(
         self, conversations: Sequence[Conversation], max_new_tokens: int
@@ -90,8 +97,9 @@ def sample_answers(
     journal: Journal,
     *,
     title: str = "generate",
+    stop_texts: Sequence[str] = (),
 ) -> tuple[list[GeneratedAnswer], float]:
-    """Answers to all prompts in order, and the seconds that they took.
+    """Answers to all prompts in order, each ended at the first of `stop_texts`, and the seconds that they took.
 
     They are sampled chunk by chunk; chunks that the journal has are not sampled again, and count with their seconds.
     """
@@ -101,11 +109,14 @@ def sample_answers(
     keys = []
     for start, chunk_sampling in zip(starts, samplings, strict=True):
         chunk = slice(start, start + prompts_per_chunk)
-        keys.append(request_key(list(map(list, prompts[chunk])), list(tasks[chunk]), asdict(chunk_sampling)))
+        keys.append(
+            request_key(list(map(list, prompts[chunk])), list(tasks[chunk]), asdict(chunk_sampling), list(stop_texts))
+        )
     if known := sum(key in journal.results for key in keys):
         print_status(f"going on after {known:,} of {len(keys):,} parts, kept in {journal.path}")
     answers: list[GeneratedAnswer] = []
     seconds = 0.0
+    on_token = partial(chat.has_stop_text, stop_texts=stop_texts) if stop_texts else None
     with ProgressBar(title, len(prompts)) as bar:
         for start, chunk_sampling, key in zip(starts, samplings, keys, strict=True):
             chunk = slice(start, start + prompts_per_chunk)
@@ -121,9 +132,10 @@ def sample_answers(
                 sampling=chunk_sampling,
                 batch_size=ANSWERS_PER_BATCH,
                 on_batch=bar.advance,
+                on_token=on_token,
             )
             chunk_seconds = round(time.perf_counter() - start_time, 3)
-            stored_answers = [[a.ids, a.stop, a.logprobs] for a in generated]
+            stored_answers = [[a.ids, a.stop, a.logprobs, a.ended_by_caller] for a in generated]
             journal.add(key, {"answers": stored_answers, "seconds": chunk_seconds})
             answers += generated
             seconds += chunk_seconds

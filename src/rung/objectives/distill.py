@@ -9,13 +9,15 @@ Suffixes: N predictions, H width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from tempfile import TemporaryFile
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -23,9 +25,14 @@ from rung.config.objective import DistillConfig
 from rung.errors import CheckpointError
 from rung.files import cache_folder
 from rung.models.distillation_loss import DistillTargets, Distribution, distillation_loss, divergence_function
+from rung.models.document_values import values_by_document
 from rung.models.policy import Policy, document_key
 from rung.objectives.protocol import Objective, entries_of
+from rung.planning.memory import tokens_per_micro_batch
 from rung.types import ON_POLICY, Example, LossTerm, PackedBatch
+
+TeacherPrompt = Callable[[Example], NDArray[np.int32]]
+"""From a document of the student to the ids that the teacher reads before its answer."""
 
 
 class DistillObjective(Objective):
@@ -33,10 +40,13 @@ class DistillObjective(Objective):
 
     config: DistillConfig
 
-    def __init__(self, config: DistillConfig, teacher: Policy | None = None) -> None:
+    def __init__(
+        self, config: DistillConfig, teacher: Policy | None = None, teacher_prompt: TeacherPrompt | None = None
+    ) -> None:
         """Without a `teacher`, the policy to imitate, only its settings can be read and nothing computed."""
         super().__init__(config)
         self.divergence, self._teacher = divergence_function(config.divergence, config.beta), teacher
+        self._teacher_prompt = teacher_prompt
         self.rollout = config.rollout if config.on_policy else None
         self.on_policy_share, self.uses_rewards = config.on_policy or 1.0, False
         self.teacher_states: TeacherStateCache | None = None
@@ -93,25 +103,54 @@ class DistillObjective(Objective):
     @torch.no_grad()
     def _teacher_hidden_states(self, batch: PackedBatch) -> Tensor:
         """The teacher's hidden states at the predictions [N, H]."""
-        keys = [document_key(document) for document in batch.documents]
+        documents: Sequence[Example] = batch.documents
+        if self._teacher_prompt is not None:
+            documents = [teacher_document(document, self._teacher_prompt(document)) for document in documents]
+        # by what the teacher reads: two students' documents may be equal and the teacher's prompts not
+        keys = [document_key(document) for document in documents]
         if self.teacher_states is not None and all(key in self.teacher_states for key in keys):
-            # Cached states are by document; a packed row mixes the entries of several documents.
-            order = torch.argsort(batch.loss.owner, stable=True)
-            cached_NH = torch.cat([self.teacher_states[key] for key in keys]).to(batch.ids.device)
-            ordered_NH = torch.empty_like(cached_NH)
-            ordered_NH[order] = cached_NH
-            return ordered_NH
-        # Cached hidden states belong to the student's base.
-        uncached_batch = batch.without_cached_hidden()
-        with self.teacher.shared_prefix(uncached_batch.prefix):
-            hidden = self.teacher.hidden_states(uncached_batch)[batch.loss.source]
+            return _in_batch_order([self.teacher_states[key] for key in keys], batch)
+        if self._teacher_prompt is None:
+            # Cached hidden states belong to the student's base.
+            uncached_batch = batch.without_cached_hidden()
+            with self.teacher.shared_prefix(uncached_batch.prefix):
+                by_document = self._states_by_document(uncached_batch)
+        else:
+            budget = tokens_per_micro_batch(self.teacher.base.shape, self.teacher.device.type)
+            by_document = values_by_document([self.teacher], documents, budget, self._states_by_document)
         if self.teacher_states is not None:
-            by_document = torch.split(hidden, [document.predictions for document in batch.documents])
-            for document, key, states in zip(batch.documents, keys, by_document, strict=True):
+            for document, key, states in zip(documents, keys, by_document, strict=True):
                 # A generated answer never comes again, so its states are not stored.
                 if key not in self.teacher_states and not _is_generated(document):
                     self.teacher_states[key] = states
-        return hidden
+        return _in_batch_order(by_document, batch)
+
+    def _states_by_document(self, batch: PackedBatch) -> Sequence[Tensor]:
+        """The teacher's hidden states at the predictions of each document, [predictions, H] each."""
+        order = torch.argsort(batch.loss.owner, stable=True)  # a packed row mixes the entries of several documents
+        hidden_NH = self.teacher.hidden_states(batch)[batch.loss.source][order]
+        return torch.split(hidden_NH, [document.predictions for document in batch.documents])
+
+
+def teacher_document(document: Example, prompt: NDArray[np.int32]) -> Example:
+    """The answer of a document behind another prompt: its ids from the first supervised one on are the same."""
+    start = int(document.supervised.argmax())
+    unsupervised = np.zeros(len(prompt), dtype=bool)
+    return replace(
+        document,
+        ids=np.concatenate([prompt, document.ids[start:]]),
+        supervised=np.concatenate([unsupervised, document.supervised[start:]]),
+        row=-1,  # prompts of one row may differ, so its answers need not stay in one batch
+    )
+
+
+def _in_batch_order(states: Sequence[Tensor], batch: PackedBatch) -> Tensor:
+    """States of the batch's documents [predictions, H] each, at their places in its loss index, [N, H]."""
+    order = torch.argsort(batch.loss.owner, stable=True)
+    by_document_NH = torch.cat(list(states)).to(batch.ids.device)
+    ordered_NH = torch.empty_like(by_document_NH)
+    ordered_NH[order] = by_document_NH
+    return ordered_NH
 
 
 def _is_generated(document: Example) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rung.config.objective import DistillConfig, ObjectiveConfig, PpoConfig
 from rung.models.policy import Policy
-from rung.objectives.distill import DistillObjective
+from rung.objectives.distill import DistillObjective, TeacherPrompt
 from rung.objectives.grpo import GrpoObjective
 from rung.objectives.ppo import PpoObjective
 from rung.objectives.preference import make_preference_objective
@@ -27,6 +27,8 @@ class ObjectiveModels:
     value_model: Policy | None = None
     value_head: ScoreHead | None = None
     teacher: Policy | None = None
+    teacher_prompt: TeacherPrompt | None = None
+    """What the teacher reads before an answer, where that is not what the student reads."""
 
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
@@ -45,5 +47,5 @@ def make_objective(config: ObjectiveConfig, models: ObjectiveModels | None = Non
     if isinstance(config, PpoConfig):
         return PpoObjective(config, models.value_model, models.value_head)
     if isinstance(config, DistillConfig):
-        return DistillObjective(config, models.teacher)
+        return DistillObjective(config, models.teacher, models.teacher_prompt)
     return OBJECTIVES[config.kind](config)

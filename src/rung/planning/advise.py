@@ -253,7 +253,10 @@ def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
             shapes["reference"] = read_shape(config.model)
     elif reference is not None:
         shapes["reference"] = _auxiliary_shape(config, reference, "objective.reference")
-    if config.objective.kind == "distill":
+    if config.objective.kind == "distill" and config.objective.teacher == "base":
+        if config.method.kind in BASE_CHANGING_METHODS:
+            shapes["teacher"] = read_shape(config.model)
+    elif config.objective.kind == "distill":
         shapes["teacher"] = _auxiliary_shape(config, config.objective.teacher, "objective.teacher")
     reward = config.objective.reward
     if isinstance(reward, ModelRewardConfig):

@@ -31,7 +31,9 @@ from rung.models.policy import NoMethod, Policy
 from rung.objectives.registry import ObjectiveModels
 from rung.objectives.reward import ScoreHead
 from rung.planning.advise import require_reward_run
+from rung.runs.dataset import RunData
 from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
+from rung.runs.teacher import load_teacher, require_same_rope_boundary
 from rung.scoring.verifiers import Verifier, make_verifier
 from rung.training.rollout import RewardFunction
 from rung.training.run_folder import read_manifest
@@ -54,11 +56,11 @@ class AuxiliaryModels:
     """Fingerprints of the models that the config names: a resumed run must find the same weights."""
 
 
-def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> AuxiliaryModels:
+def load_auxiliary_models(config: RunConfig, base: BaseModel, data: RunData) -> AuxiliaryModels:
     """Load all auxiliary models of a run. Call it before the method is attached to `base`."""
     # not by `auto`: a run that resumes on another processor keeps the compute type of its base
     config = config.with_model(dtype=base.dtype_name)
-    reward_source, (value_model, head) = load_reward_source(config, base, chat), load_value_model(config, base)
+    reward_source, (value_model, head) = load_reward_source(config, base, data.chat), load_value_model(config, base)
     reference = load_reference(config, base)
     fingerprints = {} if reference is None else {"reference": reference.base.fingerprint}
     if isinstance(config.objective.reward, ModelRewardConfig):
@@ -66,10 +68,11 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, chat: ChatTemplate
         fingerprints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
     elif isinstance(config.objective.reward, FunctionRewardConfig):
         fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])
-    teacher = load_teacher(config, base)
+    teacher = load_teacher(config, base) if isinstance(config.objective, DistillConfig) else None
     if teacher is not None:
         fingerprints["teacher"] = teacher.base.fingerprint
-    return AuxiliaryModels(reference, reward_source, ObjectiveModels(value_model, head, teacher), fingerprints)
+    models = ObjectiveModels(value_model, head, teacher, data.teacher_prompt)
+    return AuxiliaryModels(reference, reward_source, models, fingerprints)
 
 
 def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
@@ -85,35 +88,8 @@ def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
     reference = load_base_on_device(model)
     if reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ConfigError("the reference has another vocabulary", where="objective.reference", given=name)
-    _require_same_rope_boundary(reference, base, "objective.reference")
+    require_same_rope_boundary(reference, base, "objective.reference")
     return Policy(reference, NoMethod())
-
-
-def load_teacher(config: RunConfig, base: BaseModel) -> Policy | None:
-    """The teacher of a distillation. Raises `ConfigError` where teacher and student have other tokens."""
-    objective = config.objective
-    if not isinstance(objective, DistillConfig):
-        return None
-    teacher = load_base_on_device(config.model.model_copy(update={"name": objective.teacher, **WITHOUT_RUN_SETTINGS}))
-    student_ids, teacher_ids = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if student_ids != teacher_ids:
-        pairs = sorted(student_ids.items() | teacher_ids.items())
-        token = next(t for t, _ in pairs if student_ids.get(t) != teacher_ids.get(t))
-        ids = f"{token!r} is {teacher_ids.get(token)} and {student_ids.get(token)}"
-        summary = f"teacher and student have other tokens: {ids}"
-        raise ConfigError(summary, where="objective.teacher", given=objective.teacher)
-    _require_same_rope_boundary(teacher, base, "objective.teacher")
-    widths = [int(m.get_input_embeddings().weight.shape[1]) for m in (base.model, teacher.model)]
-    if objective.cosine and widths[0] != widths[1]:
-        raise ConfigError("hidden states of other widths have no angle", where="objective.cosine", given=widths)
-    return Policy(teacher, NoMethod())
-
-
-def _require_same_rope_boundary(other: BaseModel, base: BaseModel, where: str) -> None:
-    """Raise `ConfigError` for a second model on the same packed rows whose rotary frequencies change elsewhere."""
-    if other.rope_boundary not in (None, base.rope_boundary):
-        given = f"beyond {other.rope_boundary:,} tokens, and the trained model's {base.rope_boundary or 'never'}"
-        raise ConfigError("rotary frequencies of both models change at different lengths", where=where, given=given)
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -7,10 +7,13 @@ splitting is in `data`, retrieval in `evaluation/retrieval.py`. `runs/train.py`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rung.config.evaluation import Context, RetrievalConfig
 from rung.config.method import front_virtual_tokens
@@ -42,6 +45,8 @@ class RunData:
     train: TokenizedDataset | PromptDataset
     validation: TokenizedDataset | PromptDataset | None
     preflight: Preflight
+    teacher_prompt: Callable[[Example], NDArray[np.int32]] | None = None
+    """What a teacher reads before the answer of a document, where that is not what the student reads."""
 
     def summary(self) -> dict[str, Any]:
         """Counts for `run.json`."""

@@ -42,9 +42,10 @@ from rung.report.formatting import format_bytes
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
-from rung.runs.dataset import RunData, read_splits, tokenize_splits
+from rung.runs.dataset import RunData, read_splits
 from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train, settle_arithmetic
 from rung.runs.reward_head import write_score_head
+from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
@@ -96,7 +97,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     if world.size == 1:
         checks.refuse_if_too_large(load_config, device(), beyond=start.beyond_memory)
     base = load_base_to_train(load_config)
-    data = world.rank0_first(lambda: tokenize_splits(config, splits, base))  # the other ranks read the cache
+    data = world.rank0_first(lambda: tokenize_run(config, splits, base))  # the other ranks read the cache
     _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
     return folder.manifest
@@ -106,10 +107,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
     splits = read_splits(config)
     base = load_base_to_train(config)
-    data = tokenize_splits(config, splits, base)
+    data = tokenize_run(config, splits, base)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
-    models = load_auxiliary_models(config, base, data.chat)
+    models = load_auxiliary_models(config, base, data)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     heads = _objective(config, Policy(base, method), models).trainable().values()
     steps_per_window = config.objective.rollout.steps if config.objective.rollout else 1
@@ -142,7 +143,7 @@ def train_on_data(
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
-    models = load_auxiliary_models(config, base, data.chat)
+    models = load_auxiliary_models(config, base, data)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
     order_weights(base.model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
-from rung.inference.document_values import values_by_document
+from rung.models.document_values import values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
