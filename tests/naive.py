@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
@@ -47,6 +48,41 @@ def naive(
             if "RMSNorm" in type(module).__name__:
                 module.forward = partial(_norm, module, 1.0 if "Gemma" in type(module).__name__ else 0.0)
     return model, method
+
+
+def logprob(model: PreTrainedModel, e: Example) -> Tensor:
+    """Log-probability of the supervised tokens in nats."""
+    ids = torch.from_numpy(e.ids.astype(np.int64))
+    logits = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
+    at = torch.from_numpy(np.flatnonzero(e.supervised))
+    return logits[at - 1, ids[at]].sum()
+
+
+def written_out(loss: str, c: Tensor, r: Tensor, nc: int, nr: int, beta: float) -> Tensor:
+    """Of log-ratios c and r, of lengths nc and nr: each formula once more, by other functions."""
+    if loss == "dpo":
+        return torch.log(1 + torch.exp(-beta * (c - r)))
+    if loss == "ipo":
+        return (c / nc - r / nr - 0.5 / beta) ** 2
+    if loss == "hinge":
+        return torch.clamp(1 - beta * (c - r), min=0)
+    if loss == "robust":
+        right, wrong = torch.log(1 + torch.exp(-beta * (c - r))), torch.log(1 + torch.exp(beta * (c - r)))
+        return (0.8 * right - 0.2 * wrong) / 0.6
+    if loss == "simpo":
+        return torch.log(1 + torch.exp(-beta * (c / nc - r / nr - 0.5)))
+    if loss == "orpo":
+        odds = [torch.exp(x) / (1 - torch.exp(x)) for x in (c / nc, r / nr)]
+        return beta * torch.log(1 + odds[1] / odds[0])
+    if loss == "apo_zero":
+        return 1 - 1 / (1 + torch.exp(-beta * c)) + 1 / (1 + torch.exp(-beta * r))
+    return torch.log(1 + torch.exp(-beta * (c / nc - r / nr)))
+
+
+def score(model: PreTrainedModel, weight: Tensor, e: Example) -> Tensor:
+    """Score of a document by a head [1, H] on its last token."""
+    out = model(torch.from_numpy(e.ids.astype(np.int64))[None], use_cache=False, output_hidden_states=True)
+    return (out.hidden_states[-1][0, -1] @ weight[0]).double()
 
 
 def _norm(module: nn.Module, offset: float, x: torch.Tensor) -> torch.Tensor:

@@ -188,6 +188,7 @@ class RewardModelHealth(Result):
     """Health of a reward model on held-out pairs."""
 
     pairs: int
+    """Pairs of which the label prefers one answer: all but those with a probability of 0.5."""
     accuracy: Estimate
     """Share of pairs whose better answer scores higher; a tie counts half."""
     longer: float

@@ -82,6 +82,9 @@ class Record:
     """Other answers to the same prompt. The answer in `messages` is the best."""
     references: tuple[str, ...] = ()
     """Further answers that are accepted: metrics and rewards take the best score over the answer and these."""
+    probability: float | None = None
+    """Of a pair with a soft label: probability that the answer in `messages` is the better one, from 0.5 to 1. None:
+    certain."""
 
     @property
     def question(self) -> str:
@@ -128,6 +131,8 @@ class Example:
     """Number of the data row; documents of one row stay in one batch. -1: a document of its own."""
     score: float | None = None
     """Score of the answer, if the data has one."""
+    probability: float | None = None
+    """Of an answer of a pair with a soft label: probability that it is the better one. None: as the scores say."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Further values per predicted token, each [predictions], for example old log-probabilities."""
 

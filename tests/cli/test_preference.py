@@ -145,3 +145,83 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [[entry["loss"] for entry in log(f)] for f in (tmp_path / "whole", run)]
     assert losses[0] == losses[1] and len(losses[0]) == 14
+
+
+def relabel(path: Path, probabilities: list[float | None], *, exchanged: bool = False) -> None:
+    """Write the pairs with these probabilities in turn, `exchanged` with their answers in each other's place."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["probability"] = probabilities[i % len(probabilities)]
+        if exchanged:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("objective", ["kind: preference, loss: orpo", "kind: preference", "kind: reward"])
+def test_probabilities_reach_the_weights(objective: str, compared: Path, tmp_path: Path, capsys: Any) -> None:
+    """Soft labels train something else than certain ones, whichever of the answers is called chosen."""
+    pairs = tmp_path / "pairs.jsonl"
+    found = {}
+    for name, labels, exchanged in (
+        ("hard", [None], False),
+        ("soft", [0.7], False),
+        ("exchanged", [0.3], True),
+        ("mixed", [0.7, None], False),
+    ):
+        relabel(pairs, labels, exchanged=exchanged)
+        settings = (f"objective={{{objective}}}", f"output={tmp_path / name}")
+        code, _, err = inside(capsys, "train", compared, *settings)
+        assert code == 0, err
+        assert ("rejected answer is taken as the better one: 80 of 80" in err) == exchanged
+        assert ("whose better answer is certain: 40 of 80" in err) == (name == "mixed")
+        found[name] = weights_of(tmp_path / name)
+    assert all(torch.equal(found["soft"][name], found["exchanged"][name]) for name in found["soft"])
+    for first, second in (("hard", "soft"), ("hard", "mixed"), ("soft", "mixed")):
+        assert any(not torch.equal(found[first][name], found[second][name]) for name in found["soft"]), (first, second)
+    metrics = log(tmp_path / "soft")[-1]
+    assert log(tmp_path / "exchanged")[-1]["accuracy"] == metrics["accuracy"]
+
+
+def test_pairs_of_which_no_answer_is_better_are_trained_without_a_margin(
+    compared: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Nothing about them can be right; equal scores are learned, and DPO begins with them."""
+    relabel(tmp_path / "pairs.jsonl", [0.5])
+    code, _, err = inside(capsys, "train", compared, "objective={kind: reward}")
+    assert code == 0, err
+    entries, health = log(tmp_path / "run"), json.loads((tmp_path / "run" / "run.json").read_text())["reward"]
+    assert entries[-1]["loss"] == pytest.approx(0.6931, abs=0.01) and "margin" not in entries[-1]
+    assert (health["pairs"], health["verdict"]) == (0, "unproven")
+    assert (tmp_path / "run" / "report.html").exists()
+    code, _, err = inside(capsys, "train", compared, "--overwrite")
+    assert code == 3 and "gate movement" in err
+
+
+@pytest.mark.parametrize("loss", ["kto", "robust, label_smoothing: 0.1"])
+def test_losses_that_cannot_use_a_probability_refuse_it(loss: str, compared: Path, tmp_path: Path, capsys: Any) -> None:
+    relabel(tmp_path / "pairs.jsonl", [None, None, 0.8])
+    code, _, err = inside(capsys, "train", compared, f"objective={{kind: preference, loss: {loss}}}")
+    assert code == 2 and "a probability that the loss cannot use" in err and not (tmp_path / "run").exists()
+
+
+def test_a_resume_goes_on_with_the_probabilities_it_began_with(compared: Path, tmp_path: Path, capsys: Any) -> None:
+    relabel(tmp_path / "pairs.jsonl", [0.8, None, 0.3])
+    settings = ["training.max_steps=6", "training.checkpoint_every=3", "objective.sft=0.5"]
+    assert inside(capsys, "train", compared, *settings, f"output={tmp_path / 'whole'}")[0] == 0
+    assert inside(capsys, "train", compared, *settings)[0] == 0
+    run = tmp_path / "run"
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    shutil.rmtree(run / "adapter")
+    relabel(tmp_path / "pairs.jsonl", [0.8, None, 0.31])
+    code, _, err = inside(capsys, "train", compared, *settings, "--resume")
+    assert code == 3 and "cannot resume: data changed" in err
+    relabel(tmp_path / "pairs.jsonl", [0.8, None, 0.3])
+    code, _, err = inside(capsys, "train", compared, *settings, "--resume")
+    assert code == 0 and "resumed from step-00000003" in err
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(run)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from builders import example, policy_of, rows, tuned
 from models import tiny_model
-from naive import distance, gradients, naive
+from naive import distance, gradients, logprob, naive, written_out
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import PreferenceConfig
 from rung.methods.registry import attach_method
 from rung.models.packing import MIN_PREFIX_AHEAD, pack, pack_lazily, pack_separately
 from rung.models.policy import sum_by_document
-from rung.objectives.pairs import answer_pairs
+from rung.objectives.pairs import AnswerPairs, answer_pairs
 from rung.objectives.preference import LOSSES, PairedPreference, PairLogprobs, UnpairedPreference, is_good_answer
 from rung.objectives.registry import OBJECTIVES
 from rung.training.step import accumulate, count_window, mean_loss
@@ -34,34 +34,6 @@ EXTRA = {"robust": {"label_smoothing": 0.2}}
 
 def spec_of(loss: str, **more: object) -> PreferenceConfig:
     return PreferenceConfig(loss=loss, **{**EXTRA.get(loss, {}), **more})  # type: ignore[arg-type]
-
-
-def logprob(model: PreTrainedModel, e: Example) -> Tensor:
-    ids = torch.from_numpy(e.ids.astype(np.int64))
-    logits = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
-    at = torch.from_numpy(np.flatnonzero(e.supervised))
-    return logits[at - 1, ids[at]].sum()
-
-
-def written_out(loss: str, c: Tensor, r: Tensor, nc: int, nr: int, beta: float) -> Tensor:
-    """Of log-ratios c and r, of lengths nc and nr: each formula once more, by other functions."""
-    if loss == "dpo":
-        return torch.log(1 + torch.exp(-beta * (c - r)))
-    if loss == "ipo":
-        return (c / nc - r / nr - 0.5 / beta) ** 2
-    if loss == "hinge":
-        return torch.clamp(1 - beta * (c - r), min=0)
-    if loss == "robust":
-        right, wrong = torch.log(1 + torch.exp(-beta * (c - r))), torch.log(1 + torch.exp(beta * (c - r)))
-        return (0.8 * right - 0.2 * wrong) / 0.6
-    if loss == "simpo":
-        return torch.log(1 + torch.exp(-beta * (c / nc - r / nr - 0.5)))
-    if loss == "orpo":
-        odds = [torch.exp(x) / (1 - torch.exp(x)) for x in (c / nc, r / nr)]
-        return beta * torch.log(1 + odds[1] / odds[0])
-    if loss == "apo_zero":
-        return 1 - 1 / (1 + torch.exp(-beta * c)) + 1 / (1 + torch.exp(-beta * r))
-    return torch.log(1 + torch.exp(-beta * (c / nc - r / nr)))
 
 
 @pytest.mark.parametrize("shared", [0, MIN_PREFIX_AHEAD + 5])
@@ -113,7 +85,8 @@ def test_another_reference_is_asked_instead_of_the_base() -> None:
 def test_all_pairs_of_a_ranking_and_none_of_a_tie() -> None:
     ranked = rows(1, count=3, answers=4)
     (batch,) = pack(ranked, 10_000)
-    better, other, weight = answer_pairs(batch)
+    better, other, weight, probability = answer_pairs(batch)
+    assert probability == [1.0] * len(better)
     assert len(better) == 3 * 6 and weight == [batch.documents[i].weight / 6 for i in better]
     score = [d.score for d in batch.documents]
     assert all(score[a] > score[b] for a, b in zip(better, other, strict=True))
@@ -166,7 +139,8 @@ def test_longer_answers_that_win_are_seen_in_the_log() -> None:
     objective = PairedPreference(spec_of("dpo"))
     lengths = torch.arange(1.0, 9.0)
     sides = PairLogprobs(2.0 * lengths, lengths, 2.0 * lengths, lengths)
-    objective._record_batch(sides, torch.zeros(8), torch.zeros(8))
+    certain = AnswerPairs([*range(8)], [*range(8)], [1.0] * 8, [1.0] * 8)
+    objective._record_batch(certain, sides, torch.zeros(8), torch.zeros(8))
     found = objective.take_metrics()
     assert found["length_ratio"] == pytest.approx(2.0) and found["length_correlation"] == pytest.approx(1.0)
     assert found["accuracy"] == 1.0 and objective.take_metrics() == {}

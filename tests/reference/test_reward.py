@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModelForSequenceClassification
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from builders import policy_of, rows, tuned
 from models import tiny_model
-from naive import distance, gradients, naive
+from naive import distance, gradients, naive, score
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import RewardConfig
 from rung.evaluation.reward_model import calibration_error, reward_model_health, score_reward_model
@@ -26,7 +25,6 @@ from rung.objectives.pairs import correlation
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.reward_head import read_score_head, write_score_head
 from rung.training.step import accumulate
-from rung.types import Example
 from tolerances import FLOAT64
 
 
@@ -34,11 +32,6 @@ def reward(policy: Policy, **config: float) -> RewardObjective:
     objective = RewardObjective(RewardConfig(**config))
     objective.begin(policy, 3)
     return objective
-
-
-def score(model: PreTrainedModel, weight: Tensor, e: Example) -> Tensor:
-    out = model(torch.from_numpy(e.ids.astype(np.int64))[None], use_cache=False, output_hidden_states=True)
-    return (out.hidden_states[-1][0, -1] @ weight[0]).double()
 
 
 @pytest.mark.parametrize(("answers", "shared"), [(2, 0), (2, MIN_PREFIX_AHEAD + 5), (4, 0)])

@@ -36,6 +36,11 @@ class ObjectiveBase(Config):
         """Whether another model stands on the run's own base, which must then stay as it was loaded."""
         return False
 
+    @property
+    def soft_label_blocker(self) -> str | None:
+        """Why the loss cannot use the probability of a pair; None: it uses it, or compares nothing."""
+        return None
+
 
 class SftConfig(ObjectiveBase):
     """Supervised fine-tuning: cross-entropy in nats per supervised token, each row scaled by its `weight` column."""
@@ -50,6 +55,12 @@ class SftConfig(ObjectiveBase):
 PreferenceLoss = Literal["dpo", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "apo_zero", "sigmoid_norm"]
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
 """Losses without a reference model."""
+_SOFT_LABEL_BLOCKERS = {
+    "kto": "loss: kto judges each answer by itself, and the probability is that of a pair",
+    "robust": "loss: robust corrects labels of which a known share is wrong, and a probability says this of each "
+    "label: both would correct the same errors",
+}
+"""Losses that cannot use the `probability` of a pair, and why."""
 # docs/defaults.md has the source of each
 _BETAS = {"simpo": 2.0, "sigmoid_norm": 5.0}
 _GRPO_BETAS = {"grpo": 0.04, "dr_grpo": 0.0, "rloo": 0.03}
@@ -78,7 +89,8 @@ class PreferenceConfig(ObjectiveBase):
     undesirable_weight: PositiveFloat = 1.0
     """For kto: weight of a bad answer relative to a good one; if bad ones are few, use the ratio of good to bad."""
     sft: NonNegativeFloat | None = None
-    """Weight of the cross-entropy of the best answer, in nats per token. Default: 1 for orpo, else 0."""
+    """Weight of the cross-entropy of the best answer, in nats per token; of a pair with a `probability` both answers
+    count, each with its own. Default: 1 for orpo, else 0."""
     reference: str = Field(default="base", min_length=1)
     """`base`: the base model (adapter disabled, or a frozen copy); or a run folder."""
 
@@ -100,6 +112,11 @@ class PreferenceConfig(ObjectiveBase):
         return None if self.loss in REFERENCE_FREE else self.reference
 
     @property
+    def soft_label_blocker(self) -> str | None:
+        """For losses without pairs, and those that correct wrong labels themselves."""
+        return _SOFT_LABEL_BLOCKERS.get(self.loss)
+
+    @property
     def resolved_beta(self) -> float:
         """The resolved `beta`."""
         return _BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
@@ -119,7 +136,8 @@ class RewardConfig(ObjectiveBase):
     kind: Literal["reward"] = "reward"
     margin: NonNegativeFloat = 0.0
     """Required difference of two scores per unit of difference in the data: for a pair its `margin` column, or 1; for a
-    ranking the distance in ranks; for ratings their difference (Touvron et al. 2023, section 3.2.2)."""
+    ranking the distance in ranks; for ratings their difference (Touvron et al. 2023, section 3.2.2). Of a pair with a
+    `probability` it is required of whichever answer is the better one."""
     center_rewards_coefficient: NonNegativeFloat = 0.0
     """Weight of (r_w + r_l)^2, which keeps the mean of the scores near 0; usual: 0.01 (Eisenstein et al. 2024)."""
 

@@ -22,6 +22,7 @@ from rung.data.deduplication import JACCARD_THRESHOLD, FuzzyMatch, HashSet, Ngra
 from rung.data.formats import DetectedFormat, read_records
 from rung.data.read import RejectedRow
 from rung.data.records import Records, character_count
+from rung.data.soft_labels import SoftLabels
 from rung.data.splits import (
     assign_splits,
     duplicate_pairs,
@@ -105,6 +106,8 @@ class DataReport:
     """None for data without compared answers."""
     supervised_share: float | None
     """Supervised tokens over all tokens; None without a tokenizer."""
+    soft_labels: SoftLabels
+    """Rows with the probability of a pair."""
     control_tokens: Mapping[str, Any] = field(default_factory=dict)
     """Rows with control tokens in their text, and what is done with them; empty without such rows or a tokenizer."""
 
@@ -136,6 +139,7 @@ class DataReport:
             "fuzzy_duplicates": [asdict(match) for match in self.fuzzy_matches],
             "diversity": asdict(self.diversity) if self.diversity else None,
             "compared": asdict(self.answer_lengths) if self.answer_lengths else None,
+            "probability": self.soft_labels.to_json(),
             "supervised_share": self.supervised_share,
             "control_tokens": dict(self.control_tokens),
         }
@@ -187,6 +191,7 @@ def inspect_data(target: str | DataConfig, chat: ChatTemplate | None = None) -> 
         diversity=_diversity(records),
         answer_lengths=_answer_lengths(records),
         supervised_share=measured.supervised_share,
+        soft_labels=SoftLabels.sum(loaded.detection.soft_labels for loaded in (*sets, *files.values())),
         control_tokens=measured.control_tokens,
     )
 
@@ -296,6 +301,9 @@ def _diversity(records: Records) -> Diversity | None:
 def _answer_lengths(records: Records) -> AnswerLengths | None:
     ratios = array("d")
     for record in records:
+        # a pair with a probability of 0.5 has no better answer
+        if record.probability == 0.5:
+            continue
         # an empty answer counts as one character: the ratio stays finite
         ratios.extend((len(record.answer) or 1) / (len(candidate.content) or 1) for candidate in record.candidates)
     if not ratios:
@@ -325,6 +333,9 @@ def _table(report: DataReport) -> Table:
         verdict = "length alone may be what is learned" if is_biased else "of either length"
         lengths = f"longer in {c.longer:.0%} of {c.pairs} pairs, {c.typical:.2f} times as long in the median one"
         add_text_row(table, "better answers", f"{lengths}: {verdict}")
+    if labels := report.soft_labels.rows:
+        text = f"{labels} of {report.kept_count} rows, mean {report.soft_labels.mean:.3f}"
+        add_text_row(table, "probability of chosen", f"{text}, below 0.5 in {report.soft_labels.exchanged}")
     found = report.control_tokens
     for name, text in describe_notes({"control_tokens": found} if found else {}, found.get("treated")).items():
         add_text_row(table, name, text)

@@ -69,7 +69,7 @@ FORMATS: dict[Format, FormatColumns] = {
     "text": FormatColumns(("text",)),
     "preference": FormatColumns(
         ("prompt", "chosen", "rejected"),
-        (*_PROMPT_COLUMNS, "history", "margin"),
+        (*_PROMPT_COLUMNS, "history", "margin", "probability"),
         alternatives=(
             ("conversations", "chosen", "rejected"),
             ("instruction", "chosen", "rejected"),
@@ -78,8 +78,8 @@ FORMATS: dict[Format, FormatColumns] = {
             ("chosen", "rejected"),
         ),
     ),
-    "ranked": FormatColumns(("prompt", "ranked"), _PROMPT_COLUMNS),
-    "rated": FormatColumns(("prompt", "answers", "scores"), _PROMPT_COLUMNS),
+    "ranked": FormatColumns(("prompt", "ranked"), (*_PROMPT_COLUMNS, "probability")),
+    "rated": FormatColumns(("prompt", "answers", "scores"), (*_PROMPT_COLUMNS, "probability")),
     "unpaired_preference": FormatColumns(
         ("prompt", "completion", "label"), _PROMPT_COLUMNS, alternatives=(("messages", "label"),)
     ),
@@ -109,6 +109,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         *("neg_answer", "negative", "neg"),
     ),
     "text": ("content", "document", "article", "body", "completion", "response"),
+    "probability": ("soft_label", "prob", "preference_probability", "chosen_probability", "chosen_prob"),
 }
 """Columns of public data sets that a message proposes, in lower case."""
 _PATHS = "write one row for each path, with its turns as messages"

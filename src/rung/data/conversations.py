@@ -7,7 +7,7 @@ One function per shape of row; `messages` reads the turns, `candidates` and `pai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rung.config.data import Format
 from rung.data.candidates import pair_candidates, parse_answer, parse_answers, parse_label
@@ -22,27 +22,39 @@ from rung.data.messages import (
     turns_of_text,
 )
 from rung.data.pairs import Pair, Turns, read_pair, transcript_turns, with_shared
+from rung.data.soft_labels import with_probability
 from rung.data.turn_order import check_order
 from rung.errors import DataError
 from rung.types import Candidate, Message
 
 
-def conversation(format: Format, get: Getter, fields: TurnFields) -> tuple[Turns, list[Candidate]]:
+class Conversation(NamedTuple):
     """The checked turns of a row, and in comparison formats all its answers, best first.
 
     The best answer is that of the last turn; rows without answers end in an empty one.
     """
+
+    messages: Turns
+    candidates: list[Candidate]
+    probability: float | None = None
+    """Of a pair with a soft label: probability that the first answer is the better one, from 0.5 to 1."""
+
+
+def conversation(format: Format, get: Getter, fields: TurnFields) -> Conversation:
+    """The turns and the answers of a row."""
     if format == "unpaired_preference" and get("messages") is not None:
         messages = from_messages(get("messages"), "messages", fields)
         check_order(messages)
-        answer = messages[-1]
-        return messages, [Candidate(answer.content, parse_label(get("label")), answer.tool_calls, answer.reasoning)]
+        answer, label = messages[-1], parse_label(get("label"))
+        return Conversation(messages, [Candidate(answer.content, label, answer.tool_calls, answer.reasoning)])
     if format == "preference":
         prompt, pair = _compared(get, fields)
         candidates = pair_candidates(get, pair.chosen, pair.rejected)
     else:
         candidates = parse_answers(format, get, fields)
         prompt = _prompt(get, fields) if candidates or format == "prompt_only" else ()
+    # before the turns are built: the answer that the label prefers is the best one
+    candidates, probability = with_probability(candidates, get("probability")) if candidates else ([], None)
     if candidates:
         best = candidates[0]
         messages = (*prompt, Message("assistant", best.content, best.tool_calls, reasoning=best.reasoning))
@@ -51,7 +63,7 @@ def conversation(format: Format, get: Getter, fields: TurnFields) -> tuple[Turns
     else:
         messages = _messages(format, get, fields)
     check_order(messages, "conversations" if format == "sharegpt" else "messages")
-    return messages, candidates
+    return Conversation(messages, candidates, probability)
 
 
 def _compared(get: Getter, fields: TurnFields) -> tuple[Turns, Pair]:

@@ -35,6 +35,7 @@ from rung.data.messages import (
 )
 from rung.data.read import ParsedRow, RejectedRow, Row, stream_rows
 from rung.data.records import Records, RecordWriter
+from rung.data.soft_labels import SoftLabels
 from rung.errors import DataError, did_you_mean
 from rung.types import Record, Source
 
@@ -66,6 +67,8 @@ class DetectedFormat:
     """What was assumed, converted or not read, as sentences."""
     removed_end_tokens: Mapping[str, int] = field(default_factory=dict)
     """Answers that ended in each end token, which was removed (`data.control_tokens`)."""
+    soft_labels: SoftLabels = field(default_factory=SoftLabels)
+    """Rows with the probability of a pair."""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -162,13 +165,26 @@ def detect(
         # not part of a format: any column can be the group
         mapping["group"] = group
     detection = DetectedFormat(detected_format, mapping, dict(counts), census.rows)
-    if format == "auto" and (competing := _competing_columns(detection, map)):
-        raise _competing_error(path, counts, competing, FORMATS[detected_format].answer, map)
-    if format == "auto" and detected_format == "preference":
-        _refuse_unread_prompt(path, census, detection, map)
-    if format == "auto" and detected_format in get_args(AnswerFormat) and detected_format != "text":
-        _refuse_ambiguous_answers(path, census, detection)
+    if detected_format == "unpaired_preference":
+        _refuse_unpaired_probability(path, counts, column_of("probability", map))
+    if format == "auto":
+        _refuse_ambiguous_columns(path, census, detection, map)
     return detection
+
+
+def _refuse_ambiguous_columns(
+    path: str, census: ColumnCensus, detection: DetectedFormat, map: Mapping[str, str]
+) -> None:
+    """Raise `DataError` for columns that a detected format does not read and that may change what is learned."""
+    format = detection.format
+    if competing := _competing_columns(detection, map):
+        raise _competing_error(path, census.counts, competing, FORMATS[format].answer, map)
+    if "probability" in FORMATS[format].optional:
+        _refuse_unread_probability(path, census, detection, map)
+    if format == "preference":
+        _refuse_unread_prompt(path, census, detection, map)
+    if format in get_args(AnswerFormat) and format != "text":
+        _refuse_ambiguous_answers(path, census, detection)
 
 
 def _refuse_ambiguous_answers(path: str, census: ColumnCensus, detection: DetectedFormat) -> None:
@@ -209,6 +225,29 @@ def _refuse_unread_prompt(path: str, census: ColumnCensus, detection: DetectedFo
         choice = yaml_map({**map, "prompt": column})
         remedy = f"data: {{map: {choice}}}, or data.format: preference to take what both share"
         raise _ambiguous_format_error(path, census.counts, summary, remedy)
+
+
+def _refuse_unread_probability(
+    path: str, census: ColumnCensus, detection: DetectedFormat, map: Mapping[str, str]
+) -> None:
+    """Raise `DataError` for pairs beside a column that may be their probability under another name."""
+    names = ("probability", *SYNONYMS["probability"])
+    column = next((c for name in names for c in detection.unused if c.lower() == name and census.counts[c]), None)
+    if column is not None and "probability" not in detection.mapping:
+        summary = f"{column!r} may be the probability that the better answer of a pair is really better"
+        remedy = f"data: {{map: {yaml_map({**map, 'probability': column})}}}"
+        remedy += f", or data.format: {detection.format} to take every pair as certain"
+        raise _ambiguous_format_error(path, census.counts, summary, remedy)
+
+
+def _refuse_unpaired_probability(path: str, counts: Mapping[str, int], column: str | None) -> None:
+    """Raise `DataError` for labeled answers with the probability of a pair."""
+    if column is not None and counts.get(column):
+        summary = (
+            f"{column!r} is the probability that one answer of a pair is better, and a labeled answer has no other"
+        )
+        hint = "write pairs (prompt, chosen, rejected) for another loss, or leave the column out of the file"
+        raise DataError(summary, where=path, given=f"columns {_listed_counts(counts)}", hint=hint)
 
 
 def _first_column(format: Format, map: Mapping[str, str], counts: Mapping[str, int]) -> str:
@@ -260,7 +299,7 @@ def to_record(
             text = text_of(get("text"), "text")
             return Record((), source, group=group_key, weight=weight, text=text, task=task_name)
         _refuse_choice_number(get(FORMATS[format].answer or ""), row)
-        messages, candidates = conversation(format, get, fields)
+        messages, candidates, probability = conversation(format, get, fields)
         if fields.removes_end_tokens:
             messages, removed = without_end_tokens(messages)
             candidates, removed_of_others = candidates_without_end_tokens(candidates)
@@ -280,6 +319,7 @@ def to_record(
             score=candidates[0].score if candidates else None,
             candidates=tuple(candidates[1:]),
             references=references,
+            probability=probability,
         )
     except DataError as error:
         # helpers know the reason but not the line
@@ -325,6 +365,8 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
     if (reading.format, reading.group) != (detection.format, group):
         reading = _SourceReader(config, path, (detection.format, group))
     notes = (*reading.notes, *reading.turn_fields.conversions(), *_missing_margins(detection))
+    if (column := detection.mapping.get("probability")) is not None:
+        notes += reading.soft_labels.notes(column, len(reading.records))
     fields = reading.turn_fields
     detection = replace(
         detection,
@@ -332,6 +374,7 @@ def read_records(config: DataConfig, path: str, *, held_out: bool = False) -> Lo
         roles=dict(fields.used_roles),
         removed_end_tokens=dict(fields.removed_end_tokens),
         notes=notes,
+        soft_labels=reading.soft_labels,
     )
     if config.task is not None:
         detection = replace(detection, mapping={**detection.mapping, "task": config.task})
@@ -374,7 +417,7 @@ class _SourceReader:
     def __init__(self, config: DataConfig, path: str, known_format: tuple[Format, str | None] | None = None) -> None:
         self.name = path
         self.notes: list[str] = []
-        self.census = ColumnCensus()
+        self.census, self.soft_labels = ColumnCensus(), SoftLabels()
         removes_end_tokens = config.control_tokens in (None, "text")
         self.turn_fields = TurnFields(config.unknown_fields, config.roles, removes_end_tokens=removes_end_tokens)
         self.format: Format | None = None
@@ -400,10 +443,13 @@ class _SourceReader:
         config, fields = self._config, self.turn_fields
         converted = fields.converted.copy()
         try:
-            writer.add(to_record(self.format, item.row, item.source, config.map, self.group, config.task, fields))
+            record = to_record(self.format, item.row, item.source, config.map, self.group, config.task, fields)
         except DataError as error:
             fields.converted = converted  # only of the rows that are kept
             return error.summary
+        writer.add(record)
+        if record.probability is not None:
+            self.soft_labels.add(item.row[str(column_of("probability", config.map))])
         return None
 
     def _guess(self, row: Row) -> tuple[Format | None, str | None]:

@@ -121,10 +121,12 @@ def encode_record(record: Record) -> bytes:
     turns = [_encode_turn(m) for m in record.messages]
     # Appended only where they are set: fingerprints of data without them stay those of earlier versions.
     optional_fields: list[Any] = [] if record.task is None else [record.task]
-    if record.score is not None or record.candidates or record.references:
-        optional_fields = [record.task, record.score, [_encode_candidate(c) for c in record.candidates]]
-    if record.references:
-        optional_fields.append(record.references)
+    last_fields: list[Any] = [record.references] if record.references else []
+    if record.probability is not None:
+        last_fields = [record.references, record.probability]
+    if record.score is not None or record.candidates or last_fields:
+        candidates = [_encode_candidate(c) for c in record.candidates]
+        optional_fields = [record.task, record.score, candidates, *last_fields]
     fields = [turns, record.context, record.tools, record.group, record.weight, record.text, *optional_fields]
     return json.dumps(fields).encode() + b"\n"
 
@@ -146,7 +148,7 @@ def _decode_record(line: bytes, source: Source) -> Record:
     turns, context, tools, group, weight, text, *extras = json.loads(line)
     if len(extras) > 1:
         extras[2] = tuple(Candidate(*candidate) for candidate in extras[2])
-        extras[3:] = map(tuple, extras[3:])
+        extras[3:4] = map(tuple, extras[3:4])
     return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *extras)
 
 

@@ -169,7 +169,7 @@ class TokenColumnWriter:
 
 
 class StoredExamples(LazySequence[Example]):
-    """Examples read from disk; source, weight, group and task come from the records."""
+    """Examples read from disk; source, weight, group, task, score and probability come from the records."""
 
     def __init__(self, columns: TokenColumns, records: Sequence[Record]) -> None:
         self._columns, self.records, self.rows = columns, records, columns.rows
@@ -180,8 +180,13 @@ class StoredExamples(LazySequence[Example]):
         record = self.records[record_index]
         ids = np.frombuffer(self._columns.ids.read(4 * token, 4 * length), dtype="<i4").copy()
         supervised = np.frombuffer(self._columns.supervised.read(token, length), dtype=bool).copy()
-        score = record.score if candidate_index == OWN_ANSWER else record.candidates[candidate_index].score
-        return Example(ids, supervised, record.source, record.weight, record.group, record.task, record_index, score)
+        score, probability = record.score, record.probability
+        if candidate_index != OWN_ANSWER:
+            score = record.candidates[candidate_index].score
+            # the other answer of a pair: only pairs have soft labels
+            probability = None if probability is None else 1.0 - probability
+        columns = (record.source, record.weight, record.group, record.task, record_index, score, probability)
+        return Example(ids, supervised, *columns)
 
 
 @dataclass(frozen=True, slots=True)

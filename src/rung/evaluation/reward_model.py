@@ -53,7 +53,7 @@ def score_reward_model(
     policy: Policy, objective: RewardObjective, examples: Iterable[Example], budget: int
 ) -> RewardModelHealth:
     """Score held-out answers, grouped by row, and assess the scores."""
-    differences, length_differences, clusters = [], [], []
+    differences, length_differences, clusters, probabilities = [], [], [], list[float]()
     scores, lengths = list[float](), list[int]()
     share_prefixes = not has_flat_kernel(policy.device)
     # in slices: a preference set may be larger than memory
@@ -63,6 +63,7 @@ def score_reward_model(
     for batch in policy.iterate_batches(batches):
         pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]
+        probabilities += pairs.probability
         for a, b in zip(pairs.chosen, pairs.rejected, strict=True):
             differences.append(batch_scores[a] - batch_scores[b])
             length_differences.append(tokens[a] - tokens[b])
@@ -70,26 +71,37 @@ def score_reward_model(
             clusters.append(first.group if first.group is not None else str(first.source))
         scores += batch_scores
         lengths += tokens
-    return reward_model_health(differences, length_differences, clusters, scores, lengths)
+    return reward_model_health(differences, length_differences, clusters, scores, lengths, probabilities)
 
 
 def reward_model_health(
-    differences: ArrayLike, length_differences: ArrayLike, clusters: list[str], scores: ArrayLike, lengths: ArrayLike
+    differences: ArrayLike,
+    length_differences: ArrayLike,
+    clusters: list[str],
+    scores: ArrayLike,
+    lengths: ArrayLike,
+    probabilities: ArrayLike | None = None,
 ) -> RewardModelHealth:
-    """Health from score and length differences of pairs [P], better minus other, and all scores and lengths [D]."""
+    """Health from score and length differences of pairs [P], better minus other, and all scores and lengths [D].
+
+    `probabilities` [P] are those of the soft labels, from 0.5 to 1; None: all labels are certain. A pair of 0.5 has no
+    better answer: it counts for the calibration alone.
+    """
     d, n, r, t = (np.asarray(x, dtype=np.float64) for x in (differences, length_differences, scores, lengths))
-    accuracy = score_interval(_correct_shares(d), clusters)
+    p = np.ones(len(d)) if probabilities is None else np.asarray(probabilities, dtype=np.float64)
+    has_better = p != 0.5
+    accuracy = _accuracy(d[has_better], [c for c, kept in zip(clusters, has_better, strict=True) if kept])
     spread = float(r.std())
     # one NaN makes every statistic NaN; the verdict below names it
     is_finite = bool(np.isfinite(r).all())
     # spearmanr warns and returns NaN for constant input
     varies = is_finite and spread > MIN_SPREAD and float(t.std()) > 0
     length_correlation = float(spearmanr(r, t).statistic) if varies else 0.0
-    longer = float(_correct_shares(n).mean())
+    longer = float(_correct_shares(n[has_better]).mean()) if has_better.any() else 0.5
     verdict, reason = _verdict(accuracy, longer, length_correlation, spread if is_finite else float("nan"))
-    error = calibration_error(d)
+    error = calibration_error(d, p)
     return RewardModelHealth(
-        pairs=len(d),
+        pairs=int(has_better.sum()),
         accuracy=accuracy,
         longer=longer,
         calibration_error=error,
@@ -100,14 +112,27 @@ def reward_model_health(
     )
 
 
-def calibration_error(differences: NDArray[np.float64]) -> float:
-    """Expected calibration error over bins of equal size."""
+def calibration_error(differences: NDArray[np.float64], probabilities: NDArray[np.float64] | float = 1.0) -> float:
+    """Expected calibration error over bins of equal size, from score differences of pairs [P].
+
+    The label of a pair is right with probability p: scores that agree with it are right with p, others with 1 - p.
+    Scores that predict exactly these probabilities have an error of 0.
+    """
+    correct = _correct_shares(differences)
+    observed = correct * probabilities + (1.0 - correct) * (1.0 - np.asarray(probabilities))
     confidence = 1.0 / (1.0 + np.exp(-np.abs(differences)))
     # bins of equal numbers: with equal widths most bins would be nearly empty
     order = np.argsort(confidence, kind="stable")
     bins = np.array_split(order, min(BINS, len(order)))
-    gaps = [abs(float(confidence[p].mean() - _correct_shares(differences[p]).mean())) * len(p) for p in bins]
+    gaps = [abs(float(confidence[p].mean() - observed[p].mean())) * len(p) for p in bins]
     return float(sum(gaps) / len(order))
+
+
+def _accuracy(differences: NDArray[np.float64], clusters: list[str]) -> Estimate:
+    """Share of pairs [P] whose better answer scores higher, with its interval; without pairs it may be anything."""
+    if not clusters:
+        return Estimate(mean=0.5, low=0.0, high=1.0, method="no pair with a better answer")
+    return score_interval(_correct_shares(differences), clusters)
 
 
 def _correct_shares(differences: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from rung.config.objective import REFERENCE_FREE, PreferenceConfig
 from rung.models.policy import Policy, sum_by_document
-from rung.objectives.pairs import answer_pairs, correlation
+from rung.objectives.pairs import AnswerPairs, answer_pairs, correlation, soft_label_loss
 from rung.objectives.protocol import Objective, entries_of
 from rung.objectives.sft import nll
 from rung.types import Counts, Example, LossTerm, PackedBatch
@@ -39,6 +39,10 @@ class PairLogprobs(NamedTuple):
     def per_token(self) -> tuple[Tensor, Tensor]:
         """Both in nats per token."""
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+    def exchanged(self) -> PairLogprobs:
+        """The same pairs if the other answer of each were the better one."""
+        return PairLogprobs(self.rejected, self.chosen, self.rejected_tokens, self.chosen_tokens)
 
 
 def dpo(pairs: PairLogprobs, config: PreferenceConfig) -> Tensor:
@@ -95,6 +99,15 @@ LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
 """By the name in the config, which is that of the function."""
 
 
+def paired_loss(pairs: PairLogprobs, probability_P: Tensor | None, config: PreferenceConfig) -> Tensor:
+    """The loss of each pair [P] in nats, expected over its label; None as probability: all labels are certain."""
+    loss = LOSSES[config.loss]
+    right_P = loss(pairs, config)
+    if probability_P is None:
+        return right_P
+    return soft_label_loss(right_P, loss(pairs.exchanged(), config), probability_P)
+
+
 def kto(ratio_D: Tensor, good_D: Tensor, reference_point: Tensor, config: PreferenceConfig) -> Tensor:
     """1 - sigmoid of the margin of a good answer above the reference point, or of a bad one below it, [D].
 
@@ -118,10 +131,10 @@ class PairedPreference(Objective):
 
     def count(self, batch: PackedBatch) -> Counts:
         """Weights of the rows, and of the tokens of their best answers."""
-        pairs, documents = answer_pairs(batch), batch.documents
+        pairs = answer_pairs(batch)
         # Answers that no other answer beats: only these are targets of the SFT term.
-        best = set(pairs.chosen) - set(pairs.rejected)
-        tokens = sum(documents[i].weight * documents[i].predictions for i in best)
+        shares = pairs.win_probabilities(batch.sequences)
+        tokens = sum(share * d.weight * d.predictions for share, d in zip(shares, batch.documents, strict=True))
         return Counts(tokens=float(tokens), sequences=float(batch.sequences), pairs=sum(pairs.weight))
 
     def loss(self, policy: Policy, batch: PackedBatch) -> list[LossTerm]:
@@ -136,17 +149,16 @@ class PairedPreference(Objective):
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
         ratio_D = policy_D if reference_D is None else policy_D - reference_D.to(policy_D.dtype)
         pair_logprobs = PairLogprobs(ratio_D[chosen_P], ratio_D[rejected_P], tokens_D[chosen_P], tokens_D[rejected_P])
-        losses_P = LOSSES[self.config.loss](pair_logprobs, self.config)
-        self._record_batch(pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
+        losses_P = paired_loss(pair_logprobs, pairs.soft_labels(ratio_D), self.config)
+        self._record_batch(pairs, pair_logprobs, policy_D.detach()[chosen_P], policy_D.detach()[rejected_P])
         terms = [LossTerm((losses_P * losses_P.new_tensor(pairs.weight)).sum(), "pairs", self.config.loss)]
         if self.config.sft_weight:
-            best = set(pairs.chosen) - set(pairs.rejected)
-            is_best = [i in best for i in range(batch.sequences)]
-            terms.append(cross_entropy(batch, logprobs_N, is_best, self.config.sft_weight))
+            shares = pairs.win_probabilities(batch.sequences)
+            terms.append(cross_entropy(batch, logprobs_N, shares, self.config.sft_weight))
         return terms
 
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """Of the pairs: the margin that the loss sees, accuracy, log-probabilities, and lengths."""
+        """Of the pairs with a preferred answer: the margin of the loss, accuracy, log-probabilities, and lengths."""
         margin, length_difference = metrics["margin"], metrics["chosen_tokens"] - metrics["rejected_tokens"]
         return {
             "margin": float(margin.mean()),
@@ -157,11 +169,12 @@ class PairedPreference(Objective):
             "length_correlation": correlation(margin, length_difference),
         }
 
-    def _record_batch(self, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
+    def _record_batch(self, pairs: AnswerPairs, pair_logprobs: PairLogprobs, chosen: Tensor, rejected: Tensor) -> None:
         first, second = pair_logprobs.per_token() if self.config.loss in PER_TOKEN else pair_logprobs[:2]
         margin = (self.config.resolved_beta * (first - second)).detach()
         tokens = {"chosen_tokens": pair_logprobs.chosen_tokens, "rejected_tokens": pair_logprobs.rejected_tokens}
-        self.batch_metrics.append({"margin": margin, "chosen": chosen, "rejected": rejected, **tokens})
+        if metrics := pairs.of_preferred({"margin": margin, "chosen": chosen, "rejected": rejected, **tokens}):
+            self.batch_metrics.append(metrics)
 
 
 class UnpairedPreference(Objective):
@@ -244,10 +257,16 @@ def is_good_answer(batch: PackedBatch) -> list[bool]:
     return [score == max(scores) if len(scores) > 1 else score > 0.0 for score, scores in scored]
 
 
-def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, is_target: Sequence[bool], weight: float) -> LossTerm:
-    """Weighted cross-entropy of the tokens of the documents that `is_target` marks."""
+def cross_entropy(batch: PackedBatch, logprobs_N: Tensor, shares: Sequence[float], weight: float) -> LossTerm:
+    """Weighted cross-entropy of the tokens of documents, each times the share [D] of its document; 0 leaves it out."""
+    is_target = [share > 0.0 for share in shares]
     index = entries_of(batch, is_target).to(logprobs_N.device)
-    return LossTerm(weight * nll(logprobs_N[index], batch.loss.weight[index]), "tokens", "sft")
+    weight_N = batch.loss.weight[index]
+    if any(0.0 < share < 1.0 for share in shares):
+        predictions = [d.predictions for d in compress(batch.documents, is_target)]
+        share_N = np.repeat(list(compress(shares, is_target)), predictions)
+        weight_N = weight_N * torch.from_numpy(share_N).to(logprobs_N)
+    return LossTerm(weight * nll(logprobs_N[index], weight_N), "tokens", "sft")
 
 
 def _log_odds(logprob: Tensor) -> Tensor:

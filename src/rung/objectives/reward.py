@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from rung.config.objective import RewardConfig
 from rung.models.policy import Policy
-from rung.objectives.pairs import answer_pairs, correlation
+from rung.objectives.pairs import answer_pairs, correlation, soft_label_loss
 from rung.objectives.protocol import Objective
 from rung.types import Counts, LossTerm, PackedBatch
 
@@ -88,10 +88,15 @@ class RewardObjective(Objective):
         # The margin grows with the difference of the data's scores: clear preferences need a larger gap.
         score_differences = [data_scores[a] - data_scores[b] for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
         chosen, rejected = scores_D[chosen_P], scores_D[rejected_P]
-        losses_P = bradley_terry(chosen, rejected, self.config.margin * scores_D.new_tensor(score_differences))
+        margin_P = self.config.margin * scores_D.new_tensor(score_differences)
+        losses_P = bradley_terry(chosen, rejected, margin_P)
+        if (probability_P := pairs.soft_labels(scores_D)) is not None:
+            # The margin is demanded of whichever answer is the better one.
+            losses_P = soft_label_loss(losses_P, bradley_terry(rejected, chosen, margin_P), probability_P)
         tokens_D = torch.tensor([int(d.supervised.sum()) for d in batch.documents], device=scores_D.device)
         scores = {"chosen": chosen.detach(), "rejected": rejected.detach()}
-        self.batch_metrics.append({**scores, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]})
+        if metrics := pairs.of_preferred({**scores, "longer": tokens_D[chosen_P] - tokens_D[rejected_P]}):
+            self.batch_metrics.append(metrics)
         terms = [LossTerm((losses_P * weight_P).sum(), "pairs", "bradley_terry")]
         if self.config.center_rewards_coefficient:
             # (r_w + r_l)^2: pairs leave the level of the scores free, this keeps it at 0 (Eisenstein et al. 2024).
@@ -100,7 +105,7 @@ class RewardObjective(Objective):
         return terms
 
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """Of the pairs: accuracy, scores, and the correlation of score and length differences."""
+        """Of the pairs with a preferred answer: accuracy, scores, correlation of score and length differences."""
         margin = metrics["chosen"] - metrics["rejected"]
         return {
             "accuracy": float((margin > 0).double().mean()),

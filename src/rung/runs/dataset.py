@@ -143,8 +143,13 @@ def max_document_tokens(config: RunConfig, base: BaseModel) -> int:
 def tokenize_for_objective(
     config: RunConfig, chat: ChatTemplate, records: Records, max_tokens: int
 ) -> TokenizedDataset:
-    """The tokenized records of a run, as its objective needs them. Raises `DataError` for rows of too few answers."""
+    """The tokenized records of a run, as its objective needs them.
+
+    Raises:
+        DataError: a row has too few answers, or a soft label that the loss cannot use.
+    """
     objective = make_objective(config.objective)
+    _refuse_soft_labels(config, records)
     data = config.data
     tokenize = partial(
         cached_examples, chat, records, loss_on=data.loss_on, overflow=data.overflow, rejects=data.rejects
@@ -158,6 +163,16 @@ def tokenize_for_objective(
         hint = "labelled answers are for loss: kto; pairs, rankings and ratings for all others"
         raise DataError("this row has one answer and nothing to compare it with", where=str(incomplete_row), hint=hint)
     return dataset
+
+
+def _refuse_soft_labels(config: RunConfig, records: Records) -> None:
+    """Raise `DataError` for a pair with a probability that the loss cannot use: it would be dropped."""
+    blocker = config.objective.soft_label_blocker
+    labeled = (r for r in records if r.probability is not None) if blocker else iter(())
+    if (record := next(labeled, None)) is not None:
+        summary = f"this pair has a probability that the loss cannot use: {blocker}"
+        hint = "take objective.loss: dpo, which uses it, or leave the column out of the file"
+        raise DataError(summary, where=str(record.source), given=f"probability {record.probability:g}", hint=hint)
 
 
 def _print_notes(notes: Mapping[str, Any], chat: ChatTemplate) -> None:
