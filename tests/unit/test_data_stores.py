@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -155,6 +156,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
 
 def test_nothing_stays_on_disk_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNG_CACHE", str(tmp_path / "cache"))
+    gc.collect()  # files of earlier tests would be closed in between
     before = len(os.listdir("/proc/self/fd"))
     splits = load_data(DataConfig(path=write(tmp_path / "d.jsonl", 50)), 0)
     assert len(os.listdir("/proc/self/fd")) > before and not list((tmp_path / "cache").iterdir())
