@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from loopback import Local
 
 # Before anything asks torch for a card: on a machine with one, the tests run on its processor unless they are told.
 if os.environ.get("RUNG_TEST_DEVICE", "cpu") == "cpu":
@@ -142,3 +146,17 @@ def compared(config: Path, tmp_path: Path) -> Path:
     )
     config.write_text(text + "objective: {kind: preference, beta: 0.5}\n")
     return config
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    log, rules = tmp_path / "requests.jsonl", tmp_path / "rules.json"
+    log.touch()
+    rules.write_text("{}")
+    script = Path(__file__).parent / "server.py"
+    with subprocess.Popen(
+        [sys.executable, str(script), str(log), str(rules)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield Local(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, rules)
+        process.kill()

@@ -5,11 +5,13 @@
 RULES is a JSON object, read anew at every request: `fail` names, by a word of the question, how many times it fails
 and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to, or {"body": ...}, which is sent as it is); `key` is
 the key that is asked for; `slow` seconds pass before an answer; with `judge` it prefers the answer with more apples in
-it, and writes no verdict on box 6.
+it, and writes no verdict on box 6; with `teach` it writes questions about boxes and answers them, drawn by what it was
+asked, some of them refusals and repetitions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sys
@@ -23,6 +25,19 @@ from typing import Any
 LOCK = threading.Lock()
 FAILED: Counter[str] = Counter()
 ON_THE_WAY: list[int] = [0]
+
+
+def _body(message: object, finish: object = "stop") -> dict[str, str]:
+    return {"body": json.dumps({"choices": [{"index": 0, "finish_reason": finish, "message": message}]})}
+
+
+HOSTILE: tuple[Any, ...] = (
+    *(429, 500, 502, 503, 408, 409, "drop", "drop", "garbage", "empty", 400, 413, 422),
+    *({"body": text} for text in ("", "{", "null", "[]", "<html>busy</html>", '{"choices": [{}]}', "[" * 5000)),
+    *(_body({"role": "user", "content": "What do you want?"}), _body({"role": "assistant", "content": None})),
+    *(_body("a text"), _body({"content": ["a", 5]}), _body({"content": "x" * 300_000}), _body({"content": "   "})),
+    *(_body({"content": "I'm sorry, but I can't help with that."}), _body({"content": "half \ud800"}, finish=7)),
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,12 +71,14 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(how, str) and how.startswith("http"):
             self._send(307, b"", Location=how)
         elif how is None:
-            said = verdict(question) if rules.get("judge") else None
+            said = [verdict(question)] if rules.get("judge") else taught(asked) if rules.get("teach") else None
             self._send(200, json.dumps(answer(asked, asked.get("n", 1), said)).encode())
         else:
             self._send(int(how), json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode())
 
     def _failure(self, rules: dict[str, Any], question: str) -> Any:
+        if rules.get("hostile"):
+            return self._hostility(question)
         if rules.get("key") and self.headers["Authorization"] != f"Bearer {rules['key']}":
             return 401
         for word, (times, how) in rules.get("fail", {}).items():
@@ -70,6 +87,15 @@ class Handler(BaseHTTPRequestHandler):
                     FAILED[word] += 1
                     return how
         return None
+
+    def _hostility(self, question: str) -> Any:
+        """The first answer to half of the questions is one of HOSTILE; some are for good, most are not."""
+        drawn = hashlib.sha256(question.encode()).digest()
+        with LOCK:
+            FAILED[question] += 1
+            if drawn[0] % 2 or FAILED[question] > 1:
+                return None
+        return HOSTILE[drawn[1] % len(HOSTILE)]
 
     def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -92,17 +118,44 @@ def verdict(question: str) -> str:
     return f"{first} and {second} apples. [[{'A' if first > second else 'B' if second > first else 'C'}]]"
 
 
-def answer(asked: dict[str, Any], count: int, verdict: str | None = None) -> dict[str, Any]:
-    said = verdict or f"to {asked['messages'][-1]['content']}"
+WORDS = (
+    "apple pear plum fig cherry quince lemon melon cellar attic shed barn kitchen boat market garden ladder basket "
+    "knife river bridge miller baker sailor winter summer morning evening silver copper wooden heavy broken narrow "
+    "ancient gentle quiet hidden carried counted painted mended borrowed forgot followed washed buried opened traded "
+    "weighed"
+).split()
+
+
+def taught(asked: dict[str, Any]) -> list[str]:
+    """Questions or answers, drawn by the whole request."""
+    return [_taught(asked, i) for i in range(asked.get("n", 1))]
+
+
+def _taught(asked: dict[str, Any], place: int) -> str:
+    drawn = hashlib.sha256(json.dumps([asked, place], sort_keys=True).encode()).digest()
+    words = " ".join(WORDS[byte % len(WORDS)] for byte in drawn[: 6 + drawn[11] % 4])
+    last = asked["messages"][-1]["content"]
+    if any(request in last for request in ("Write a", "Write the next")):
+        return "What?" if drawn[9] % 11 == 0 else f"Why is the {words}?"
+    return "I'm sorry, I cannot help with that." if drawn[9] % 7 == 0 else f"There were {drawn[10]} of them, {words}."
+
+
+def answer(asked: dict[str, Any], count: int, said: list[str] | None = None) -> dict[str, Any]:
+    """Texts that were drawn end; of others, which repeat the question, all but the first are cut."""
+    repeated = [f"{i} to {asked['messages'][-1]['content']}" for i in range(count)]
+    texts = [said[i] if i < len(said) else said[0] for i in range(count)] if said else repeated
     choices = [
         {
             "index": i,
-            "finish_reason": "stop" if i == 0 else "length",
-            "message": {"role": "assistant", "content": f"{i} {said}"},
+            "finish_reason": "stop" if i == 0 or said else "length",
+            "message": {"role": "assistant", "content": text},
         }
-        for i in range(count)
+        for i, text in enumerate(texts)
     ]
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": choices}
+    prompt_tokens = len(json.dumps(asked["messages"])) // 4
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 9 * count, "total_tokens": prompt_tokens + 9 * count}
+    whole = {"id": "x", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": choices}
+    return {**whole, "usage": usage}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _MODULES = {
     "config.climb": ("ClimbConfig", "OnTopConfig", "RungConfig", "SearchConfig"),
     "config.data": ("DataConfig", "WeightedPath"),
     "config.evaluation": ("EvaluationConfig", "RetrievalConfig"),
-    "config.io": ("load_config",),
+    "config.io": ("load_config", "load_synth_config"),
     "config.judge": ("JudgeConfig",),
     "config.method": (
         *("BottleneckConfig", "FullConfig", "HeadConfig", "LayerLotteryConfig", "LoraConfig", "LotteryConfig"),
@@ -47,10 +47,12 @@ _MODULES = {
     "config.model": ("ModelConfig",),
     "config.objective": (
         *("AdaptiveKlConfig", "DistillConfig", "FunctionRewardConfig", "GrpoConfig", "ModelRewardConfig"),
+        "TeacherPromptConfig",
         *("PpoConfig", "PpoStopConfig", "PreferenceConfig", "RegexRewardConfig", "RewardConfig", "RolloutConfig"),
         *("SftConfig", "VerifierConfig"),
     ),
     "config.run": ("RunConfig",),
+    "config.synth": ("FiltersConfig", "PriceConfig", "SynthRunConfig", "TeachConfig", "TeacherConfig"),
     "config.training": ("OptimizerConfig", "TrainingConfig"),
     "console": ("Interrupted",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "NoSignalError", "PlanError", "RungError"),
@@ -60,8 +62,10 @@ _MODULES = {
         *("ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile", "ForgettingComparison"),
         *("FuseResult", "GateResult"),
         *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "RunResult"),
+        *("SynthCost", "SynthResult"),
     ),
     "runs.load": ("LoadedRun", "load"),
+    "synth.run": ("synthesize",),
     "types": ("Message",),
 }
 """Module of each public name."""

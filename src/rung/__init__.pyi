@@ -23,6 +23,7 @@ from rung.config.data import WeightedPath as WeightedPath
 from rung.config.evaluation import EvaluationConfig as EvaluationConfig
 from rung.config.evaluation import RetrievalConfig as RetrievalConfig
 from rung.config.io import load_config as load_config
+from rung.config.io import load_synth_config as load_synth_config
 from rung.config.judge import JudgeConfig as JudgeConfig
 from rung.config.method import BottleneckConfig as BottleneckConfig
 from rung.config.method import FullConfig as FullConfig
@@ -50,8 +51,14 @@ from rung.config.objective import RegexRewardConfig as RegexRewardConfig
 from rung.config.objective import RewardConfig as RewardConfig
 from rung.config.objective import RolloutConfig as RolloutConfig
 from rung.config.objective import SftConfig as SftConfig
+from rung.config.objective import TeacherPromptConfig as TeacherPromptConfig
 from rung.config.objective import VerifierConfig as VerifierConfig
 from rung.config.run import RunConfig as RunConfig
+from rung.config.synth import FiltersConfig as FiltersConfig
+from rung.config.synth import PriceConfig as PriceConfig
+from rung.config.synth import SynthRunConfig as SynthRunConfig
+from rung.config.synth import TeachConfig as TeachConfig
+from rung.config.synth import TeacherConfig as TeacherConfig
 from rung.config.training import OptimizerConfig as OptimizerConfig
 from rung.config.training import TrainingConfig as TrainingConfig
 from rung.console import Interrupted as Interrupted
@@ -77,8 +84,11 @@ from rung.results import Ladder as Ladder
 from rung.results import MergeResult as MergeResult
 from rung.results import MetricComparison as MetricComparison
 from rung.results import RunResult as RunResult
+from rung.results import SynthCost as SynthCost
+from rung.results import SynthResult as SynthResult
 from rung.runs.load import LoadedRun as LoadedRun
 from rung.runs.load import load as load
+from rung.synth.run import synthesize as synthesize
 from rung.types import Message as Message
 
 __version__: str

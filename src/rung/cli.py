@@ -28,8 +28,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Inspect data before training.", no_args_is_help=True)
 models_app = typer.Typer(help="List known base models, or download one.", invoke_without_command=True)
+synth_app = typer.Typer(help="Make training data with a model.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(synth_app, name="synth")
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -262,6 +264,38 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
         line += f"; {result.nothing_to_compare:,} prompts left out, whose answers score alike"
     means = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result.means.items())
     _show(result.to_json(), [line, f"mean of an answer: {means}"], as_json)
+
+
+@synth_app.command()
+def teach(
+    config: Annotated[str, typer.Argument(help="YAML config file with a section synth.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    preview: Annotated[
+        int | None, typer.Option(min=1, help="Print so many rows and what each filter said; write nothing.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the rows of another config; replies in the journal stay.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a teacher write rows from seeds, documents or a description, and keep those that pass the filters.
+
+    Exit code 3 if fewer rows were kept than the config asks for.
+    """
+    from rung.config.io import load_synth_config
+    from rung.synth.lines import preview_lines, synth_lines
+    from rung.synth.run import preview as preview_rows
+    from rung.synth.run import synthesize
+
+    loaded = load_synth_config(config, overrides or ())
+    if preview is not None:
+        rows, rejected = preview_rows(loaded, preview)
+        _show({"rows": rows, "rejected": rejected}, preview_lines(rows, rejected), as_json)
+        return
+    result = synthesize(loaded, overwrite=overwrite)
+    _show(result.to_json(), synth_lines(result), as_json)
+    if result.rows < result.wanted:
+        raise typer.Exit(REFUSED)
 
 
 @app.command()

@@ -92,14 +92,15 @@ def print_status(text: str) -> None:
 class ProgressBar:
     """A progress bar on a terminal; elsewhere one line per tenth of the total. Both show the time to go."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str | None, total: int, done: int = 0) -> None:
+        """`title` None shows nothing: another bar shows the progress of the whole."""
         self.title, self.total, self.done = title, total, done
         self._done_before, self._started = done, time.monotonic()
-        self._live = console.is_terminal
+        self._live, self._is_silent = console.is_terminal, title is None
         title_column, numbers = (TextColumn(f"{{task.{x}}}", markup=False) for x in ("description", "fields[numbers]"))
         columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), numbers)
-        self._progress = Progress(*columns, console=console, disable=not self._live)
-        self._task = self._progress.add_task(visible(title), total=total, completed=done, numbers="")
+        self._progress = Progress(*columns, console=console, disable=self._is_silent or not self._live)
+        self._task = self._progress.add_task(visible(title or ""), total=total, completed=done, numbers="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -116,7 +117,8 @@ class ProgressBar:
         self._progress.update(self._task, completed=self.done, numbers=text)
         # 1: totals below ten print a line at every step
         tenth = max(1, self.total // 10)
-        if not self._live and (self.done // tenth > previous // tenth or self.done == self.total):
+        is_printed = not (self._live or self._is_silent)
+        if is_printed and (self.done // tenth > previous // tenth or self.done == self.total):
             print_status("  ".join(filter(None, (f"{self.title} {self.done}/{self.total}", text, self._time_to_go()))))
 
     def _time_to_go(self) -> str:

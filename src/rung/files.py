@@ -36,6 +36,8 @@ _ERRORS_OF_PLACES = {
 }
 """What more disk space does not mend."""
 RUN_FILE = "run.json"
+SYNTH_FILE = "synth.json"
+"""Manifest of a folder of rows that a model wrote."""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], *, replaces: bool = True) -> None:

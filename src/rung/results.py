@@ -415,6 +415,40 @@ class GenerationResult(Result):
     means: dict[str, float]
 
 
+class SynthCost(Result):
+    """What the model that wrote was asked."""
+
+    requests: int
+    failed: int
+    prompt_tokens: int
+    answer_tokens: int
+    uncounted: int
+    """Replies of a server that does not count tokens."""
+    seconds: float
+    """Times of all requests together."""
+    money: float | None = None
+    """In the currency of `synth.teacher.price`; None without a price, and where a server counts no tokens."""
+
+
+class SynthResult(Result):
+    """Rows that a model wrote, what the filters left out, and the cost."""
+
+    output: str
+    rows: int
+    wanted: int
+    tried: int
+    """Questions that were tried."""
+    rejected: dict[str, int]
+    """Questions that each filter left out."""
+    cost: SynthCost
+    diversity: float
+    """Distinct word bigrams over all bigrams of the first `compared_questions` (Li et al. 2016, distinct-2)."""
+    compared_questions: int
+    diversity_of_seeds: float | None = None
+    """Of equally many seeds."""
+    judge: JudgeAgreement | None = None
+
+
 class MergeResult(Result):
     """An adapter folded into its base, and the proof that the written model is the run's."""
 

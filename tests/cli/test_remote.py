@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loopback import Local
 from processes import inside, start
 from rung.errors import CheckpointError, ConfigError
 from rung.inference.ask import Conversation
@@ -21,35 +18,6 @@ from rung.inference.journal import Journal
 from rung.inference.openai_client import Server, _api_key, _check_url
 from rung.models.generate import Sampling
 from rung.types import Message
-
-
-@dataclass
-class Local:
-    """The server's process, its rules and what it was asked."""
-
-    url: str
-    log: Path
-    rules: Path
-
-    def rule(self, **rules: object) -> None:
-        self.rules.write_text(json.dumps(rules))
-
-    def requests(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Iterator[Local]:
-    log, rules = tmp_path / "requests.jsonl", tmp_path / "rules.json"
-    log.touch()
-    rules.write_text("{}")
-    script = Path(__file__).parents[1] / "server.py"
-    with subprocess.Popen(
-        [sys.executable, str(script), str(log), str(rules)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield Local(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, rules)
-        process.kill()
 
 
 @pytest.fixture

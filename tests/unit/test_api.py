@@ -15,13 +15,14 @@ import rung
 PUBLIC = {
     "functions": [
         *("climb", "compare", "evaluate", "export", "fuse", "generate", "load", "load_config", "measure_forgetting"),
-        *("merge", "plan", "train"),
+        *("load_synth_config", "merge", "plan", "synthesize", "train"),
     ],
     "config classes": [
         *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "DataConfig", "DistillConfig", "EvaluationConfig"),
-        *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
+        *("FiltersConfig", "FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
         *("LoraConfig", "LotteryConfig", "MixtureConfig", "ModelConfig", "ModelRewardConfig", "OnTopConfig"),
         *("OptimizerConfig", "PTuningConfig", "PeftTunerConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig"),
+        *("PriceConfig", "SynthRunConfig", "TeachConfig", "TeacherConfig", "TeacherPromptConfig"),
         *("PrefixConfig", "PromptConfig", "QloraConfig", "RegexRewardConfig", "RetrievalConfig", "RewardConfig"),
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
@@ -31,6 +32,7 @@ PUBLIC = {
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
         *("ForgettingComparison", "FuseResult"),
         *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
+        *("SynthCost", "SynthResult"),
     ],
     "errors": [
         *("CheckpointError", "ConfigError", "DataError", "GateError", "Interrupted", "NoSignalError", "PlanError"),
@@ -66,6 +68,7 @@ def test_errors_are_a_module_too() -> None:
 def test_all_config_classes_are_exported() -> None:
     from rung.config.base import Config
     from rung.config.run import RunConfig
+    from rung.config.synth import SynthRunConfig
 
     def reachable(model: type[Config], seen: set[str]) -> set[str]:
         seen.add(model.__name__)
@@ -79,7 +82,8 @@ def test_all_config_classes_are_exported() -> None:
                 pending.extend(getattr(annotation, "__args__", ()))
         return seen
 
-    assert reachable(RunConfig, set()) == set(PUBLIC["config classes"])
+    classes = reachable(RunConfig, set()) | reachable(SynthRunConfig, set())
+    assert classes == set(PUBLIC["config classes"])
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -111,4 +111,4 @@ def test_a_local_model_answers_in_order_and_from_the_journal(
         and first.prompt_tokens == len(chat.prompt_ids(conversations[0].turns))
     )
     assert first.answer_tokens is not None and 2 <= first.answer_tokens <= 12 and first.seconds > 0
-    assert json.loads(json.dumps(model.identity)) == {"weights": ["w"]}
+    assert json.loads(json.dumps(model.identity)) == {"weights": ["w"], "stop_texts": []}

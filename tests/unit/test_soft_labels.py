@@ -35,7 +35,7 @@ def answers(record: Record) -> tuple[str, ...]:
     return (record.answer, *(c.content for c in record.candidates))
 
 
-@pytest.mark.parametrize("p", [0.5, 0.8, "0.8", 0.999])
+@pytest.mark.parametrize("p", [0.5, 0.8, "0.8", 0.999, 1, "1.0"])
 def test_a_probability_is_read(p: object) -> None:
     record = to_record("preference", {**PAIR, "probability": p}, AT, {})
     assert record.probability == float(p) and answers(record) == ("apples", "stones")  # type: ignore[arg-type]
@@ -49,12 +49,14 @@ def test_below_one_half_the_answers_are_exchanged(margin: dict[str, float]) -> N
     assert record == to_record("preference", other, AT, {})
     assert answers(record) == ("stones", "apples") and record.probability == 0.75
     assert (record.score, record.candidates[0].score) == (margin.get("margin", 1.0), 0.0)
+    certain = to_record("preference", {**PAIR, **margin, "probability": 0}, AT, {})
+    assert answers(certain) == ("stones", "apples") and certain.probability == 1.0
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        *((value, "not a number between 0 and 1") for value in (0, 1, 1.0, -0.1, 80, "80%", True, "likely", [0.8])),
+        *((value, "not a number between 0 and 1") for value in (1.01, -0.1, 80, "80%", True, "likely", [0.8])),
         *((value, "not a number between 0 and 1") for value in (float("nan"), float("inf"))),
     ],
 )

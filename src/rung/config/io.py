@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,6 +23,7 @@ from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.run import RunConfig
+from rung.config.synth import SynthRunConfig
 from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
@@ -32,7 +33,7 @@ MAX_CONFIG_NODES = 100_000
 deep, are 329 bytes and ten billion nodes."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
-_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward")})
+_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward"), ("synth", "verifier")})
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 
 
@@ -145,6 +146,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     raw, origins = _read_yaml(source)
     config = _validate_with_overrides(raw, origins, overrides)
     return LoadedConfig(config, {_dotted(key_path): origin for key_path, origin in origins.items()})
+
+
+def load_synth_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> SynthRunConfig:
+    """Read and validate a config of `rung synth`, with `key=value` overrides. Raises `ConfigError`."""
+    is_mapping = isinstance(source, Mapping)
+    raw, origins = (copy.deepcopy(dict(source)), {}) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    if not is_mapping and "synth" not in raw:
+        hint = "for example synth: {kind: teach, teacher: smollm2-135m, seeds: my.jsonl, rows: 100}"
+        raise ConfigError("synth is missing", where=str(source), hint=hint)
+    return _validate_with_overrides(raw, origins, overrides, SynthRunConfig)
 
 
 ConfigSource = RunConfig | Mapping[str, Any] | str | Path
@@ -319,11 +330,19 @@ def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tupl
         yield from _key_origins(value, nested_path, path)
 
 
-def _validate_with_overrides(raw: dict[str, Any], origins: dict[KeyPath, str], overrides: Sequence[str]) -> RunConfig:
+C = TypeVar("C", RunConfig, SynthRunConfig)
+
+
+def _validate_with_overrides(
+    raw: dict[str, Any],
+    origins: dict[KeyPath, str],
+    overrides: Sequence[str],
+    config_class: type[C] = RunConfig,  # type: ignore[assignment]
+) -> C:
     """Apply overrides, which changes `raw` and `origins`, and validate."""
     for override in overrides:
         _apply_override(raw, origins, override)
-    return _validate(raw, origins)
+    return _validate(raw, origins, config_class)
 
 
 def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
@@ -356,29 +375,37 @@ def _nested_keys(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
             yield from _nested_keys(nested, (*key_path, str(key)))
 
 
-def _validate(raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> RunConfig:
+def _validate(
+    raw: dict[str, Any],
+    origins: Mapping[KeyPath, str],
+    config_class: type[C] = RunConfig,  # type: ignore[assignment]
+) -> C:
     if isinstance(raw.get("method"), dict) and "kind" not in raw["method"]:
         # `method: {rank: 8}` means lora, the default method; pydantic would refuse a group without its `kind`
         raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
     try:
-        return RunConfig.model_validate(raw)
+        return config_class.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, raw, origins) from None
+        raise _explain(error, raw, origins, config_class) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=origins.get((), "config")) from None
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPath, str]) -> ConfigError:
+def _explain(
+    error: ValidationError, raw: dict[str, Any], origins: Mapping[KeyPath, str], config_class: type[BaseModel]
+) -> ConfigError:
     """The error message for the first problem. Unknown keys come first: a misspelled key makes another one missing."""
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key_path = _strip_union_tags(problem["loc"], raw)
     where, name = _origin_of(key_path, origins), _dotted(key_path)
     if problem["type"] == "extra_forbidden":
-        known_settings = sorted(_known_settings(key_path[:-1], raw))
+        known_settings = sorted(_known_settings(key_path[:-1], raw, config_class))
         parent = _dotted(key_path[:-1])
-        kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or "a run"
+        whole = "a run" if config_class is RunConfig else "rung synth"
+        kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or whole
         summary, allowed = f"{name} is not a setting of {kind}", ", ".join(known_settings)
         hint = _hint_for_unknown(key_path, known_settings)
+        hint = "rung synth reads it" if key_path == ("synth",) else hint
         return ConfigError(summary, where=where, given=problem["input"], allowed=allowed, hint=hint)
     if problem["type"] == "missing":
         example = {"data": "data: {path: my.jsonl}", "output": "output: runs/my-run"}.get(name)
@@ -411,10 +438,9 @@ def _hint_for_unknown(key_path: KeyPath, known_settings: list[str]) -> str | Non
     return None
 
 
-def _known_settings(key_path: KeyPath, raw: Any) -> list[str]:
+def _known_settings(key_path: KeyPath, raw: Any, config_class: type[BaseModel]) -> list[str]:
     """Settings of the group at a key path."""
-    model: type[BaseModel] = RunConfig
-    value: Any = raw
+    model, value = config_class, raw
     for step in key_path:
         if isinstance(step, int):
             value = value[step] if isinstance(value, list) else None

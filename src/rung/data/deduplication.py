@@ -273,6 +273,30 @@ def shingles(text: str) -> set[str]:
     return {text[i : i + SHINGLE_CHARACTERS] for i in range(max(1, len(text) - SHINGLE_CHARACTERS + 1))}
 
 
+class NearDuplicateIndex:
+    """Texts added one by one, of which the near duplicates of a further text are found.
+
+    MinHash proposes candidates (Broder 1997), and the similarity is exact.
+    """
+
+    def __init__(self) -> None:
+        from datasketch import MinHashLSH
+
+        self.texts: list[str] = []
+        self._index = MinHashLSH(num_perm=BANDS * BAND_ROWS, params=(BANDS, BAND_ROWS))
+
+    def add(self, text: str) -> None:
+        """Add a text; an empty one is similar to nothing."""
+        if text:
+            self._index.insert(len(self.texts), _signature(text))
+        self.texts.append(text)
+
+    def most_similar(self, text: str) -> tuple[float, int] | None:
+        """The highest Jaccard similarity of character 5-grams among the candidates, and the place of that text."""
+        candidates = self._index.query(_signature(text)) if text else ()
+        return max(((jaccard(self.texts[i], text), i) for i in candidates), default=None)
+
+
 def _shingled_texts(records: Records) -> Iterator[tuple[str, str]]:
     for record in records:
         yield str(record.source), readable(prompt_words(record))

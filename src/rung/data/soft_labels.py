@@ -20,19 +20,18 @@ from rung.types import Candidate
 def with_probability(candidates: list[Candidate], value: object) -> tuple[list[Candidate], float | None]:
     """The answers of a row, best first, with the probability that the first is better, from 0.5 to 1.
 
-    `value` is the probability of the first answer, in (0, 1). Below 0.5 the answers are exchanged and their scores are
+    `value` is the probability of the first answer, 0 to 1. Below 0.5 the answers are exchanged and their scores are
     not: (p, a, b) and (1 - p, b, a) are the same pair. None where the value is empty: the order is certain. 0.8 gives
     0.8; 0.2 gives the other answer first, with 0.8.
 
     Raises:
-        DataError: the value is no number between 0 and 1, or the row does not compare two answers.
+        DataError: the value is no number from 0 to 1, or the row does not compare two answers.
     """
     if value is None or value == "":
         return candidates, None
     probability = number_of(value)
-    if not 0.0 < probability < 1.0:
-        remedy = "leave it empty where the better answer is certain"
-        raise DataError(f"probability is {short_repr(value)}, not a number between 0 and 1 (both excluded); {remedy}")
+    if not 0.0 <= probability <= 1.0:  # false for NaN
+        raise DataError(f"probability is {short_repr(value)}, not a number between 0 and 1")
     if len(candidates) != 2:
         raise DataError(f"probability is that of a pair, and this row compares {len(candidates)} answers")
     if probability >= 0.5:

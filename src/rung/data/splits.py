@@ -7,9 +7,10 @@ and the limit come after the split and touch training rows only. `runs.dataset` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import combinations
 from math import floor
 from pathlib import Path
@@ -21,6 +22,7 @@ from rung.config.data import DataConfig, WeightedPath
 from rung.data.formats import LoadedRows, load_records
 from rung.data.records import Records, encoded_lines, fingerprint, index_of_first_occurrence
 from rung.errors import ConfigError, DataError
+from rung.files import SYNTH_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,26 @@ def _load_set(config: DataConfig, weighted_path: WeightedPath) -> LoadedRows:
     return replace(loaded, records=Records.from_records(with_task))
 
 
+def made_by(file: Path) -> dict[str, object] | None:
+    """What is known of rows that `rung synth` wrote, from the manifest beside them; None for other rows.
+
+    `unchanged` is False where the rows are no longer those that were written.
+    """
+    manifest = file.parent / SYNTH_FILE
+    if not (file.is_file() and manifest.is_file()):
+        return None
+    try:
+        facts = json.loads(manifest.read_text())
+        if Path(facts["result"]["output"]).name != file.name:
+            return None
+        with file.open("rb") as rows:
+            digest = file_digest(rows, "sha256").hexdigest()
+        made = {"kind": facts["config"]["synth"]["kind"], "teacher": facts["teacher"]}
+        return {**made, "unchanged": digest == facts["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):  # another program's file of this name
+        return None
+
+
 def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
     return {
         "path": loaded.path,
@@ -299,4 +321,5 @@ def _set_summary(loaded: LoadedRows, weight: float | None) -> dict[str, object]:
         **({"notes": list(loaded.detection.notes)} if loaded.detection.notes else {}),
         **({"removed_end_tokens": dict(ends)} if (ends := loaded.detection.removed_end_tokens) else {}),
         "rejected_first": [str(r) for r in loaded.rejected_rows[:10]],
+        **({"made_by": made} if (made := made_by(Path(loaded.path))) else {}),
     }

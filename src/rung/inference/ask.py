@@ -89,9 +89,18 @@ class AnswerModel(Protocol):
         """What distinguishes this model from others: answers in a journal are valid for this model only."""
 
     def ask(
-        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        journal: Journal,
+        *,
+        title: str | None = "ask",
+        keep_failures: bool = False,
     ) -> Replies:
         """Answer every conversation; requests that are in the journal are not repeated.
+
+        `title` is that of the progress bar; None shows none. `keep_failures` puts failures into the journal too: what
+        follows from them is then the same when a command is run again.
 
         One conversation that cannot be answered is a failure by name and stops no other. Raises `RungError` for what
         would stop all of them; answers up to then are in the journal.

@@ -43,9 +43,18 @@ class LocalModel:
         return {"weights": list(self.weights), "stop_texts": list(self.stop_texts)}
 
     def ask(
-        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        journal: Journal,
+        *,
+        title: str | None = "ask",
+        keep_failures: bool = False,
     ) -> Replies:
-        """Answer every conversation; a prompt that leaves no room for an answer, or cannot be rendered, fails."""
+        """Answer every conversation; a prompt that leaves no room for an answer, or cannot be rendered, fails.
+
+        It fails again whenever it is asked, so `keep_failures` changes nothing here.
+        """
         prompts, failures = self._prompts(conversations, sampling.max_new_tokens)
         tasks = [conversations[i].task for i in prompts]
         answers, seconds = sample_answers(
@@ -96,7 +105,7 @@ def sample_answers(
     sampling: Sampling,
     journal: Journal,
     *,
-    title: str = "generate",
+    title: str | None = "generate",
     stop_texts: Sequence[str] = (),
 ) -> tuple[list[GeneratedAnswer], float]:
     """Answers to all prompts in order, each ended at the first of `stop_texts`, and the seconds that they took.
@@ -112,7 +121,8 @@ def sample_answers(
         keys.append(
             request_key(list(map(list, prompts[chunk])), list(tasks[chunk]), asdict(chunk_sampling), list(stop_texts))
         )
-    if known := sum(key in journal.results for key in keys):
+    known = sum(key in journal.results for key in keys)
+    if known and title is not None:
         print_status(f"going on after {known:,} of {len(keys):,} parts, kept in {journal.path}")
     answers: list[GeneratedAnswer] = []
     seconds = 0.0

@@ -41,6 +41,8 @@ DEFAULT_CONCURRENCY = 8
 """Concurrent requests by default."""
 _URL_HINT = "for example http://localhost:8000/v1 or https://api.openai.com/v1"
 NO_KEY = "none"
+_FAILED = "failed"
+"""Name of the reason in the journal entry of a request that failed for good."""
 SENT_HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length", "authorization"}
 )
@@ -71,7 +73,13 @@ class Server:
         return {"url": self.url, "model": self.model}
 
     def ask(
-        self, conversations: Sequence[Conversation], sampling: Sampling, journal: Journal, *, title: str = "ask"
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        journal: Journal,
+        *,
+        title: str | None = "ask",
+        keep_failures: bool = False,
     ) -> Replies:
         """Answer every conversation, each reply written to the journal when it arrives; permanent failures by name.
 
@@ -80,20 +88,27 @@ class Server:
         """
         requests = [_chat_request(conversation, i, sampling) for i, conversation in enumerate(conversations)]
         keys = [request_key(self.model, request) for request in requests]
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in journal.results}
-        known = sum(key not in missing for key in keys)
-        if known:
+        kept = {key: value for key in keys if (value := journal.results.get(key)) is not None}
+        if not keep_failures:
+            kept = {key: value for key, value in kept.items() if _FAILED not in value}
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in kept}
+        known = sum(key in kept for key in keys)
+        if known and title is not None:
             print_status(f"going on after {known:,} of {len(keys):,} requests, kept in {journal.path}")
         with ProgressBar(title, known + len(missing), known) as bar:
 
             def keep(key: str, reply: Reply) -> None:
-                journal.add(key, reply.to_json())
+                kept[key] = {"reply": reply.to_json()}
+                journal.add(key, kept[key])
                 bar.advance()
 
-            reasons = _answer_concurrently(self, missing, keep)
-        stored = [journal.results.get(key) for key in keys]
-        failures = [FailedRequest(i, reasons[key]) for i, key in enumerate(keys) if key in reasons]
-        return Replies([None if value is None else Reply.from_json(value) for value in stored], failures)
+            for key, reason in _answer_concurrently(self, missing, keep).items():
+                kept[key] = {_FAILED: reason}
+                if keep_failures:
+                    journal.add(key, kept[key])
+        stored = [kept[key] for key in keys]
+        failures = [FailedRequest(i, value[_FAILED]) for i, value in enumerate(stored) if _FAILED in value]
+        return Replies([Reply.from_json(v["reply"]) if "reply" in v else None for v in stored], failures)
 
 
 def _chat_request(conversation: Conversation, index: int, sampling: Sampling) -> dict[str, Any]:

@@ -168,17 +168,23 @@ def _teacher_replies(
     model = LocalModel(teacher, prompts.chat, weight_fingerprints(name, teacher), evaluation.stop)
     # greedy: the mode stands for the distribution (Kim and Rush 2016), and a run that resumes draws the same
     sampling = Sampling(evaluation.max_new_tokens)
-    conversations: list[Conversation] = []
-    numbers: dict[Source, int] = {}  # a row with a weight is in the split several times
-    for record in records:
-        numbers.setdefault(record.source, len(numbers))
-        if numbers[record.source] == len(conversations):
-            conversations.append(Conversation(prompts.turns(_record_of(prompts, record)), task=record.task))
-    identity: dict[str, Any] = {**model.identity, "prompts": [asdict(c) for c in conversations]}
+    # a row with a weight is in the split several times
+    distinct = {record.source: record for record in records}
+    conversations = {
+        source: Conversation(prompts.turns(_record_of(prompts, record)), task=record.task)
+        for source, record in distinct.items()
+    }
+    identity: dict[str, Any] = {**model.identity, "prompts": [asdict(c) for c in conversations.values()]}
     path = cache_folder() / "teacher-answers" / f"{request_key(identity, asdict(sampling))}.jsonl"
+    replies: dict[Source, Reply | None] = {}
     with closing(Journal(path, identity)) as journal:
-        replies = model.ask(conversations, sampling, journal, title="teacher").replies
-    return [replies[numbers[record.source]] for record in records]
+        # apart: one row without one of the worked examples would take their common beginning from all others
+        shots = {shot.source for shot in prompts.prompt_format.shots}
+        for part in (conversations.keys() - shots, conversations.keys() & shots):
+            asked = {source: c for source, c in conversations.items() if source in part}
+            answers = model.ask(list(asked.values()), sampling, journal, title="teacher").replies
+            replies |= dict(zip(asked, answers, strict=True))
+    return [replies[record.source] for record in records]
 
 
 def _record_of(prompts: TeacherPrompts, record: Record) -> Record:

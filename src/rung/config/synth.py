@@ -1,0 +1,170 @@
+"""The config of `rung synth`: data that a model writes, and the filters that it must pass.
+
+A file of its own, because it needs no training data: seeds, documents or a description of the task are enough. Its rows
+are a data file that `rung train` and `rung climb` read as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+
+from rung.config.base import MAX_SEED, Config, Fraction
+from rung.config.judge import JudgeConfig
+from rung.config.objective import RewardSourceConfig
+
+
+class PriceConfig(Config):
+    """What a server charges, in any currency."""
+
+    prompt: NonNegativeFloat = 0.0
+    """For a million tokens of prompts."""
+    answer: NonNegativeFloat = 0.0
+    """For a million tokens of answers."""
+
+
+class TeacherConfig(Config):
+    """The model that writes. In YAML the name of a run folder or base alone is enough."""
+
+    model: str = Field(default=..., min_length=1)
+    """A run folder or a base; with `server`: the model's name there."""
+    server: str | None = Field(default=None, pattern=r"^https?://")
+    """URL of an OpenAI-compatible server, up to and including /v1."""
+    temperature: NonNegativeFloat = 0.7
+    """Sampling temperature."""
+    max_new_tokens: PositiveInt = 512
+    """Maximum length of one text in tokens; longer ones are cut, and left out."""
+    stop: tuple[str, ...] = ()
+    """Without a server: texts that end an answer, for an untuned base that goes on."""
+    concurrency: PositiveInt | None = None
+    """With `server`: concurrent requests; default: 8."""
+    price: PriceConfig | None = None
+    """Price of tokens, for the cost in the report; default: none is computed."""
+
+    def _check(self) -> None:
+        if self.concurrency is not None and self.server is None:
+            raise ValueError("`concurrency` is of requests to a `server`, and none is named")
+        if self.stop and self.server is not None:
+            raise ValueError("`stop` is for a model in this process: a server ends its answers itself")
+
+
+class FiltersConfig(Config):
+    """What a made row must pass; docs/synth.md defines each filter. A filter that is off lets every row through."""
+
+    novelty: Fraction | None = 0.7
+    """ROUGE-L F1 with any seed or earlier question at which a question is not new (Wang et al. 2023, section 2.2)."""
+    near_duplicates: Fraction | None = 0.8
+    """Share of common character 5-grams (Jaccard) at which question and answer repeat an earlier row."""
+    min_words: NonNegativeInt = 3
+    """Fewest words of a question."""
+    max_words: PositiveInt = 150
+    """Most words of a question."""
+    max_answer_words: PositiveInt | None = None
+    """Most words of an answer; default: no limit."""
+    refusals: bool = True
+    """Leave out answers that refuse."""
+    language: bool = True
+    """Leave out texts in another script or language than the seeds."""
+    grounded: bool = True
+    """With `documents`: leave out answers with a number or a name that their passage does not hold."""
+
+
+Makes = Literal["answers", "explanations", "preferences", "dialogues", "labels"]
+
+
+class TeachConfig(Config):
+    """A teacher writes rows from seeds, documents or a description (Wang et al. 2023, Self-Instruct)."""
+
+    kind: Literal["teach"] = "teach"
+    teacher: TeacherConfig = Field(default=...)
+    """The model that writes questions and answers."""
+    task: str | None = Field(default=None, min_length=1)
+    """The task in words, for the teacher: what the questions are about, and how they are answered."""
+    seeds: str | None = Field(default=None, min_length=1)
+    """Rows of the task, as `data.path`; some of them stand before each request as examples."""
+    documents: str | None = Field(default=None, min_length=1)
+    """Texts, as `evaluation.retrieve.documents`. Each question is about one passage, which is kept as its context."""
+    chunk_words: PositiveInt = 200
+    """With `documents`: words per passage."""
+    questions: Literal["made", "seeds"] = "made"
+    """`made`: the teacher writes new questions; `seeds`: it answers those of the seeds, whose answers are not used."""
+    makes: Makes = "answers"
+    """`answers`: question and answer; `explanations`: the answer after its reasons; `preferences`: best and worst of
+    `samples` answers; `dialogues`: several questions in turn; `labels`: texts of each label."""
+    labels: tuple[str, ...] = ()
+    """With `makes: labels`: the labels; default: the answers of the seeds."""
+    attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Values to vary, for example {reader: [a beginner, an auditor]}: every request draws one of each."""
+    rows: PositiveInt = Field(default=...)
+    """Rows that are kept at the end; with `questions: seeds` at most the number of seeds."""
+    shots: NonNegativeInt = 6
+    """Seeds before each request (Wang et al. 2023, section 2.2)."""
+    made_shots: NonNegativeInt = 2
+    """Rows that were made before, in addition (Wang et al. 2023, section 2.2)."""
+    samples: PositiveInt | None = None
+    """Answers to each question, of which the best is kept; default: 4 for preferences, else 1."""
+    turns: PositiveInt = 2
+    """With `makes: dialogues`: questions in one dialogue."""
+    attempts: PositiveInt = 5
+    """Questions that are tried at most for each row that is wanted."""
+    verifier: RewardSourceConfig | None = None
+    """What scores an answer; a row without an answer that scores above 0 is left out."""
+    judge: JudgeConfig | None = None
+    """A model that compares sampled answers in both orders; trusted only by its agreement with people."""
+    filters: FiltersConfig = FiltersConfig()
+    """What a row must pass."""
+    never: tuple[str, ...] = ()
+    """Files whose questions must not occur among the rows, for example the test data: a row that repeats one is an
+    error."""
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _expand_teacher(cls, teacher: Any) -> Any:
+        return {"model": teacher} if isinstance(teacher, str) else teacher
+
+    @property
+    def samples_per_question(self) -> int:
+        """The resolved `samples`."""
+        return self.samples or (4 if self.makes == "preferences" else 1)
+
+    def _check(self) -> None:
+        if not (self.task or self.seeds or self.documents):
+            raise ValueError("the teacher needs something to begin with: task, seeds or documents")
+        if self.questions == "seeds" and not self.seeds:
+            raise ValueError("questions: seeds answers those of `seeds`, and none are named")
+        if self.questions == "seeds" and (self.documents or self.makes in ("dialogues", "labels")):
+            raise ValueError("questions: seeds takes the questions as they are, without documents, dialogues or labels")
+        if self.makes == "preferences" and self.samples_per_question < 2:
+            raise ValueError("a preference is between two answers: samples is at least 2")
+        if self.samples_per_question > 1 and self.verifier is None and self.judge is None:
+            raise ValueError("several answers to a question need a verifier or a judge that chooses among them")
+        if self.samples_per_question == 1 and self.judge is not None:
+            raise ValueError("a judge compares answers: set samples to 2 or more")
+        if self.labels and self.makes != "labels":
+            raise ValueError("labels are for makes: labels")
+        if self.makes == "labels" and not (self.labels or self.seeds):
+            raise ValueError("makes: labels needs `labels`, or seeds that hold them")
+        if self.attributes and self.questions == "seeds":
+            raise ValueError("attributes vary new questions, and questions: seeds writes none")
+        if empty := [name for name, values in self.attributes.items() if not values]:
+            raise ValueError(f"attribute {empty[0]!r} has no values")
+
+
+SynthConfig = TeachConfig
+
+
+def _local_path(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+class SynthRunConfig(Config):
+    """Everything `rung synth` needs."""
+
+    synth: SynthConfig = Field(default=...)
+    """What is written, by which model, and what a row must pass."""
+    output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
+    """Folder of the rows."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Seed of the examples, the attributes and the sampling."""

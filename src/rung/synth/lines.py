@@ -1,0 +1,56 @@
+"""What `rung synth` prints: yield by filter, cost, and the rows of a preview."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rung.report.formatting import format_duration
+from rung.results import SynthResult
+
+PREVIEW_CHARACTERS = 300
+"""Characters of a text that a preview shows."""
+
+
+def synth_lines(result: SynthResult) -> list[str]:
+    """Lines for people about rows, filters, diversity and cost."""
+    lines = [f"{result.rows:,} rows in {result.output}, from {result.tried:,} questions"]
+    if result.rows < result.wanted:
+        lines.append(f"fewer than the {result.wanted:,} that were asked for: synth.attempts allows more questions")
+    if result.rejected:
+        counts = ", ".join(f"{name} {count:,}" for name, count in result.rejected.items())
+        lines.append(f"left out by filter: {counts} (rejected.jsonl has the reasons)")
+    seeds = f", {result.diversity_of_seeds:.2f} in as many seeds" if result.diversity_of_seeds is not None else ""
+    shown = f"{result.compared_questions:,} questions"
+    lines.append(f"diversity: {result.diversity:.2f} of the word pairs of {shown} are distinct{seeds}")
+    cost = result.cost
+    tokens = f"{cost.prompt_tokens:,} tokens read and {cost.answer_tokens:,} written"
+    if cost.uncounted:
+        tokens += f", without {cost.uncounted:,} replies whose tokens the server did not count"
+    money = "" if cost.money is None else f", {cost.money:.4f} in money"
+    lines.append(f"cost: {cost.requests:,} requests, {tokens}, {format_duration(cost.seconds)} of answering{money}")
+    if cost.failed:
+        lines.append(f"{cost.failed:,} requests failed for good")
+    if result.judge is not None:
+        trusted = "trusted" if result.judge.trusted else "NOT TRUSTED"
+        lines.append(f"judge: {trusted}, {result.judge.reason}")
+    return lines
+
+
+def preview_lines(rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people with each row, and each question that was left out with its reason."""
+    lines = []
+    for row in rows:
+        lines.append(f"row {row['made']['number']}")
+        lines += [f"    {name}: {_shown(value)}" for name, value in row.items() if name != "made"]
+    for row in rejected:
+        lines.append(f"left out {row['number']} by {row['filter']}: {row['reason']}")
+        lines += [f"    {name}: {_shown(row[name])}" for name in ("question", "answers") if name in row]
+    return [*lines, f"{len(rows):,} rows, {len(rejected):,} questions left out; nothing was written"]
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.split())
+    return text if len(text) <= PREVIEW_CHARACTERS else text[:PREVIEW_CHARACTERS] + " ..."

@@ -1,0 +1,188 @@
+"""`rung synth`: opens the teacher, runs the rounds, and writes rows, rejected rows and a manifest.
+
+Everything stands in one folder: `journal.jsonl` has every reply from the moment it arrived, `rows.jsonl` the rows,
+`rejected.jsonl` what was left out and why, `synth.json` the config, yield, cost and hashes. The same command continues
+after a stop, and a finished folder is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rung.config.io import config_to_dict
+from rung.config.synth import SynthRunConfig, TeachConfig, TeacherConfig
+from rung.console import ProgressBar, print_status
+from rung.data.messages import message_to_json
+from rung.errors import CheckpointError
+from rung.files import SYNTH_FILE, cache_folder, write_text
+from rung.inference.ask import AnswerModel
+from rung.inference.journal import Journal, request_key
+from rung.inference.local_model import LocalModel
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
+from rung.results import JudgeAgreement, SynthCost, SynthResult
+from rung.runs.load import open_target, weight_fingerprints
+from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_usable_judge
+from rung.synth.filters import diversity
+from rung.synth.sources import TeachSources
+from rung.synth.teach import Draft, Teaching, require_rows
+from rung.training.run_folder import read_json, write_json
+from rung.types import Message
+
+ROWS_FILE, REJECTED_FILE, JOURNAL_FILE = "rows.jsonl", "rejected.jsonl", "journal.jsonl"
+
+
+def synthesize(config: SynthRunConfig, *, overwrite: bool = False) -> SynthResult:
+    """Write the rows of a config into its output folder.
+
+    A finished folder of the same config is returned as it is. Raises `CheckpointError` for a folder with rows of
+    another config unless `overwrite` is set, which keeps the journal: what was answered is not asked again.
+    """
+    folder = Path(config.output)
+    if (finished := _finished(folder, config)) is not None:
+        if finished["config"] == config_to_dict(config):
+            return SynthResult(**finished["result"])
+        if not overwrite:
+            hint = "name another output, or --overwrite: replies that are still asked for are kept in its journal"
+            raise CheckpointError("this folder holds rows of another config", where=str(folder), hint=hint)
+    parts = _open(config.synth)
+    with closing(Journal(folder / JOURNAL_FILE, parts.teacher.identity)) as journal:
+        teaching = _teach(config, parts, journal)
+        require_rows(teaching)
+        return _write(folder, config, teaching, parts)
+
+
+def preview(config: SynthRunConfig, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first rows and what was left out before them, without writing anything but replies into the cache."""
+    synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows)})
+    config = config.model_copy(update={"synth": synth})
+    parts = _open(synth)
+    identity = parts.teacher.identity
+    path = cache_folder() / "synth-previews" / f"{request_key(identity, config_to_dict(config))}.jsonl"
+    with closing(Journal(path, identity)) as journal:
+        teaching = _teach(config, parts, journal)
+    return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
+
+
+def open_teacher(config: TeacherConfig) -> AnswerModel:
+    """The model that writes: behind a server, or opened here."""
+    if config.server is not None:
+        return Server(config.server, config.model, config.concurrency or DEFAULT_CONCURRENCY)
+    model = open_target(config.model)
+    return LocalModel(model.policy, model.chat, weight_fingerprints(config.model, model.policy), config.stop)
+
+
+class _Parts(NamedTuple):
+    """What a config names, read and opened."""
+
+    sources: TeachSources
+    score: ScoreAnswers | None
+    teacher: AnswerModel
+    trust: list[JudgeAgreement]
+    """Receives the agreement of a judge with people when it is first asked."""
+
+
+def _open(config: TeachConfig) -> _Parts:
+    """Everything that can be refused, in the order of its cost, before a folder is made."""
+    require_usable_judge(config)
+    sources, trust = TeachSources.read(config), list[JudgeAgreement]()
+    score = answer_scorer(config, trust)
+    return _Parts(sources, score, open_teacher(config.teacher), trust)
+
+
+def _finished(folder: Path, config: SynthRunConfig) -> dict[str, Any] | None:
+    """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
+    if (folder / SYNTH_FILE).exists():
+        return read_json(folder / SYNTH_FILE)
+    if folder.exists() and any(p.name not in (JOURNAL_FILE, f".{JOURNAL_FILE}.lock") for p in folder.iterdir()):
+        summary = "this is a file" if folder.is_file() else "this folder holds something else"
+        raise CheckpointError(summary, where=str(folder), hint="name another output=...")
+    return None
+
+
+def _teach(config: SynthRunConfig, parts: _Parts, journal: Journal) -> Teaching:
+    """Run the rounds with a bar of kept rows and their yield."""
+    if known := len(journal.results):
+        print_status(f"going on with {known:,} replies, kept in {journal.path}")
+    with ProgressBar("teach", config.synth.rows) as bar:
+
+        def show(kept: int, tried: int) -> None:
+            bar.advance(min(kept, config.synth.rows) - bar.done, kept=f"{kept / tried:.0%} of {tried:,} questions")
+
+        teaching = Teaching(config.synth, parts.sources, parts.teacher, parts.score, journal, config.seed, show)
+        teaching.run()
+    return teaching
+
+
+def rows_of(drafts: Iterable[Draft], config: TeachConfig) -> Iterable[dict[str, Any]]:
+    """Rows in formats that `rung train` reads, each with the column `made`, which says how it was made."""
+    for draft in drafts:
+        made: dict[str, Any] = {"number": draft.number, "parents": list(draft.parents)}
+        made |= {"attributes": draft.attributes} if draft.attributes else {}
+        made |= {"scores": list(draft.scores)} if draft.scores else {}
+        yield {**_columns(draft, config), "made": made}
+
+
+def _columns(draft: Draft, config: TeachConfig) -> dict[str, Any]:
+    context = {} if draft.context is None else {"context": draft.context}
+    answer = draft.answers[0]
+    if config.makes == "preferences":
+        return {"prompt": _prompt(draft.turns), **context, "chosen": answer, "rejected": draft.answers[-1]}
+    if len(draft.turns) > 1:
+        turns = (*draft.turns, Message("assistant", answer))
+        return {**context, "messages": [message_to_json(turn) for turn in turns]}
+    return {"question": draft.turns[0].content, **context, "answer": answer}
+
+
+def _prompt(turns: Sequence[Message]) -> Any:
+    return turns[0].content if len(turns) == 1 else [message_to_json(turn) for turn in turns]
+
+
+def rejected_rows(drafts: Iterable[Draft]) -> Iterable[dict[str, Any]]:
+    """What was left out, with the filter and its reason."""
+    for draft in drafts:
+        if draft.rejection is not None:
+            row: dict[str, Any] = {"number": draft.number, **asdict(draft.rejection)}
+            row |= {"question": draft.question, "context": draft.context, "answers": list(draft.answers)}
+            yield {name: value for name, value in row.items() if value not in (None, "", [])}
+
+
+def _write(folder: Path, config: SynthRunConfig, teaching: Teaching, parts: _Parts) -> SynthResult:
+    rows, rejected = list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
+    for name, lines in ((ROWS_FILE, rows), (REJECTED_FILE, rejected)):
+        write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    result = SynthResult(
+        output=str(folder / ROWS_FILE),
+        rows=len(rows),
+        wanted=config.synth.rows,
+        tried=teaching.tried,
+        rejected=dict(teaching.rejections().most_common()),
+        cost=_cost(teaching, config.synth.teacher),
+        **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
+        judge=parts.trust[0] if parts.trust else None,
+    )
+    digest = hashlib.sha256((folder / ROWS_FILE).read_bytes()).hexdigest()
+    facts = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
+    manifest = {"config": config_to_dict(config), **facts, "sha256": digest, "result": result.to_json()}
+    write_json(folder / SYNTH_FILE, manifest)  # last: it says that all is there
+    return result
+
+
+def _cost(teaching: Teaching, config: TeacherConfig) -> SynthCost:
+    cost = teaching.cost
+    money = None
+    if config.price is not None and not cost.uncounted:
+        money = (cost.prompt_tokens * config.price.prompt + cost.answer_tokens * config.price.answer) / 1e6
+    return SynthCost(**{**asdict(cost), "seconds": round(cost.seconds, 1)}, money=money)
+
+
+def _diversities(seeds: Sequence[str], questions: Sequence[str]) -> dict[str, Any]:
+    """Diversity of seeds and rows, over equally many: the measure falls with the number of texts."""
+    count = min(len(seeds), len(questions)) or len(questions)
+    values = {"diversity": diversity(questions[:count]), "compared_questions": count}
+    return {**values, "diversity_of_seeds": diversity(seeds[:count])} if seeds else values

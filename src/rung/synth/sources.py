@@ -1,0 +1,123 @@
+"""What a teacher begins with: seeds, passages, labels, and the questions that must never be among its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rung.config.data import DataConfig
+from rung.config.evaluation import RetrievalConfig
+from rung.config.synth import TeachConfig
+from rung.data.deduplication import prompt_words
+from rung.data.formats import naming_config
+from rung.data.splits import load_sets
+from rung.errors import DataError
+from rung.evaluation.retrieval import read_documents, split_passages
+from rung.synth.filters import Rejection, check_refusal
+from rung.synth.requests import WorkedExample
+from rung.types import Message, Record, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A row of the task."""
+
+    turns: tuple[Message, ...]
+    """Its turns before the answer."""
+    answer: str
+    context: str | None
+    source: str
+
+    @property
+    def question(self) -> str:
+        """The last question."""
+        return next((turn.content for turn in reversed(self.turns) if turn.role == "user"), "")
+
+    @property
+    def worked_example(self) -> WorkedExample:
+        """The seed as an example; as a text, its answer is the label."""
+        return WorkedExample(self.question, self.answer, self.context, self.answer, self.source)
+
+
+@dataclass(frozen=True)
+class TeachSources:
+    """Everything that requests are made of."""
+
+    seeds: Sequence[Seed]
+    passages: Sequence[str]
+    labels: Sequence[str]
+    never: dict[tuple[str, ...], str]
+    """Words of context and question of the rows that must not occur, with the source of each."""
+
+    @staticmethod
+    def read(config: TeachConfig) -> TeachSources:
+        """Read the files of a config. Raises `DataError` for seeds that cannot be used."""
+        seeds = _seeds(config.seeds, with_answers=config.questions == "made") if config.seeds else []
+        passages: list[str] = []
+        if config.documents:
+            texts = read_documents(RetrievalConfig(documents=config.documents))
+            # without overlap: the same sentence would be asked about twice
+            passages = [p for text in texts for p in split_passages(text, config.chunk_words, 0)]
+        labels = config.labels or (tuple(dict.fromkeys(s.answer for s in seeds)) if config.makes == "labels" else ())
+        if config.makes == "labels" and (strange := {s.answer for s in seeds} - set(labels)):
+            summary = "a seed has a label that is not among synth.labels"
+            raise DataError(summary, where=config.seeds, given=sorted(strange)[0], allowed=", ".join(labels))
+        never = {tuple(prompt_words(record)): str(record.source) for path in config.never for record in _records(path)}
+        sources = TeachSources(seeds, passages, labels, never)
+        for seed in seeds:
+            if (leak := sources.check_leak(seed.turns, seed.context)) is not None:
+                hint = "take the row out of the seeds: they stand before the teacher's requests"
+                raise DataError("a seed asks what synth.never names", where=seed.source, given=leak.reason, hint=hint)
+        return sources
+
+    def passage_order(self, seed: int) -> NDArray[np.int64]:
+        """The order in which passages are asked about: each once before any is asked about again."""
+        return np.random.default_rng([seed, 7]).permutation(len(self.passages))
+
+    def answer_examples(self, config: TeachConfig) -> dict[str, WorkedExample]:
+        """Seeds as worked examples of answers, by source; explanations have another form than the seeds' answers."""
+        if config.makes == "explanations":
+            return {}
+        return {seed.source: seed.worked_example for seed in self.seeds}
+
+    @cached_property
+    def seeds_refuse(self) -> bool:
+        """Whether the task itself has answers that decline: then declining is no fault."""
+        return any(check_refusal(seed.answer) is not None for seed in self.seeds)
+
+    def check_leak(self, turns: Sequence[Message], context: str | None) -> Rejection | None:
+        """`leak`: the question, with its context, is one of the files that must not occur."""
+        question = Record((*turns, Message("assistant", "")), Source("row", 1), context)
+        source = self.never.get(tuple(prompt_words(question)))
+        return None if source is None else Rejection("leak", f"it asks what {source} asks")
+
+
+def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
+    seeds = []
+    for record in _records(path):
+        if record.text is not None or not record.messages:
+            raise DataError("plain text has no question", where=str(record.source), hint="give rows with questions")
+        if record.is_undesirable or record.is_excluded or (with_answers and not record.answer):
+            continue
+        seeds.append(Seed(record.messages[:-1], record.answer, record.context, str(record.source)))
+    if not seeds:
+        missing = "no row has an answer, and new rows are made after the example of whole ones"
+        raise DataError(missing if with_answers else "there are no seeds", where=path)
+    return seeds
+
+
+def _records(path: str) -> list[Record]:
+    """All rows of a file; prompts alone where its columns are those of no format with answers."""
+    with naming_config("synth.seeds", path):
+        try:
+            loaded = load_sets(DataConfig(path=path))
+        except DataError as error:
+            try:
+                loaded = load_sets(DataConfig(path=path, format="prompt_only"))
+            except DataError:
+                raise error from None
+    return [record for rows in loaded for record in rows.records]
