@@ -57,6 +57,15 @@ class Candidate:
     reasoning: str | None = None
 
 
+class CodeTests(NamedTuple):
+    """Tests of the program that an answer holds, in Python."""
+
+    source: str
+    """Runs after the program, and raises where the program is wrong."""
+    setup: str = ""
+    """Runs before the program: imports, or the head of the function that the program completes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One data row in the internal form that all formats are converted to.
@@ -85,6 +94,8 @@ class Record:
     probability: float | None = None
     """Of a pair with a soft label: probability that the answer in `messages` is the better one, from 0.5 to 1. None:
     certain."""
+    tests: CodeTests | None = None
+    """Tests of the program in an answer, for the metric and the reward `code`."""
 
     @property
     def question(self) -> str:

@@ -60,12 +60,19 @@ def column_of(name: str, map: Mapping[str, str]) -> str | None:
 _PROMPT_COLUMNS = ("input", "context", "system", "tools")
 """Optional columns of formats with a prompt and its answers."""
 
+_CODE_TESTS = ("tests", "test_setup", "entry_point")
+"""Optional columns of formats whose answers may be programs; the names are those of MBPP and HumanEval."""
+
 FORMATS: dict[Format, FormatColumns] = {
-    "messages": FormatColumns(("messages",), ("tools", "references")),
-    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references")),
-    "alpaca": FormatColumns(("instruction", "output"), ("input", "system", "history", "references"), "output"),
-    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools", "references"), "completion"),
-    "question_answer": FormatColumns(("question", "answer"), ("context", "system", "references"), "answer"),
+    "messages": FormatColumns(("messages",), ("tools", "references", *_CODE_TESTS)),
+    "sharegpt": FormatColumns(("conversations",), ("system", "tools", "references", *_CODE_TESTS)),
+    "alpaca": FormatColumns(
+        ("instruction", "output"), ("input", "system", "history", "references", *_CODE_TESTS), "output"
+    ),
+    "prompt_completion": FormatColumns(("prompt", "completion"), ("tools", "references", *_CODE_TESTS), "completion"),
+    "question_answer": FormatColumns(
+        ("question", "answer"), ("context", "system", "references", *_CODE_TESTS), "answer"
+    ),
     "text": FormatColumns(("text",)),
     "preference": FormatColumns(
         ("prompt", "chosen", "rejected"),
@@ -83,7 +90,7 @@ FORMATS: dict[Format, FormatColumns] = {
     "unpaired_preference": FormatColumns(
         ("prompt", "completion", "label"), _PROMPT_COLUMNS, alternatives=(("messages", "label"),)
     ),
-    "prompt_only": FormatColumns(("prompt",), _PROMPT_COLUMNS),
+    "prompt_only": FormatColumns(("prompt",), (*_PROMPT_COLUMNS, *_CODE_TESTS)),
 }
 
 _QUESTION_LIKE = ("query", "problem", "prompt", "instruction", "input", "user", "human", "q")

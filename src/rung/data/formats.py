@@ -19,6 +19,7 @@ from typing import Any, get_args
 from rung.config.data import AnswerFormat, DataConfig, Format
 from rung.console import print_status
 from rung.data.byte_store import MappedSequence
+from rung.data.code_tests import parse_code_tests
 from rung.data.columns import FORMATS, SYNONYMS, column_of, foreign_shape, holds_turns, propose_map, yaml_map
 from rung.data.control_tokens import candidates_without_end_tokens, without_end_tokens
 from rung.data.conversations import conversation
@@ -308,6 +309,9 @@ def to_record(
         if references and messages[-1].tool_calls:
             raise DataError("references are texts, and this row ends in a tool call, which is compared as a call")
         optional = FORMATS[format].optional
+        tests = parse_code_tests(get) if "tests" in optional else None
+        if tests and messages[-1].tool_calls:
+            raise DataError("tests are for programs, and this row ends in a tool call, which is compared as a call")
         return Record(
             messages,
             source,
@@ -320,6 +324,7 @@ def to_record(
             candidates=tuple(candidates[1:]),
             references=references,
             probability=probability,
+            tests=tests,
         )
     except DataError as error:
         # helpers know the reason but not the line

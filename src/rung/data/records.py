@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rung.data.byte_store import AppendFile, LazySequence
-from rung.types import Candidate, Message, Record, Source
+from rung.types import Candidate, CodeTests, Message, Record, Source
 
 # big-endian hashes, so that the two halves read as the digest's bytes do
 _HASHES = [(name, ">u8", (2,)) for name in ("prompt", "group")]
@@ -122,8 +122,10 @@ def encode_record(record: Record) -> bytes:
     # Appended only where they are set: fingerprints of data without them stay those of earlier versions.
     optional_fields: list[Any] = [] if record.task is None else [record.task]
     last_fields: list[Any] = [record.references] if record.references else []
-    if record.probability is not None:
+    if record.probability is not None or record.tests is not None:
         last_fields = [record.references, record.probability]
+    if record.tests is not None:
+        last_fields.append(record.tests)
     if record.score is not None or record.candidates or last_fields:
         candidates = [_encode_candidate(c) for c in record.candidates]
         optional_fields = [record.task, record.score, candidates, *last_fields]
@@ -149,6 +151,7 @@ def _decode_record(line: bytes, source: Source) -> Record:
     if len(extras) > 1:
         extras[2] = tuple(Candidate(*candidate) for candidate in extras[2])
         extras[3:4] = map(tuple, extras[3:4])
+        extras[5:] = [CodeTests(*tests) for tests in extras[5:]]
     return Record(tuple(Message(*turn) for turn in turns), source, context, tools, group, weight, text, *extras)
 
 
