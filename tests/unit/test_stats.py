@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rung.scoring.stats import (
     detectable_difference,
     examples_needed,
     paired_difference,
+    pass_at_k,
     ratio_interval,
     score_interval,
     sign_flip_p_value,
@@ -444,3 +446,22 @@ def test_without_a_second_rung_there_is_no_step_and_nats_are_told_as_perplexity(
     base = rng.normal(2.0, 0.3, size=300)
     found = recommend([("a", base), ("b", base + rng.normal(0, 0.02, 300))], margin=0.05, in_nats=True)
     assert f"smallest that would show: {math.expm1(found.steps[0].detectable):.1%})" in found.text
+
+
+@pytest.mark.parametrize("answers", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_passed_answer(answers: int) -> None:
+    """Every subset of k of the n answers, counted one by one (Chen et al. 2021, eq. 1)."""
+    for passed in range(answers + 1):
+        for k in range(1, answers + 1):
+            subsets = list(combinations([True] * passed + [False] * (answers - passed), k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(answers, passed, k) == pytest.approx(share, rel=1e-12, abs=1e-15)
+
+
+def test_pass_at_k_of_many_answers_neither_overflows_nor_is_the_biased_power() -> None:
+    exact = 1 - math.comb(9_990, 100) / math.comb(10_000, 100)
+    assert pass_at_k(10_000, 10, 100) == pytest.approx(exact, rel=1e-10)
+    assert pass_at_k(10, 3, 2) == pytest.approx(8 / 15) and pass_at_k(10, 3, 2) != pytest.approx(1 - 0.7**2)
+    for answers, passed, k in ((0, 0, 1), (5, 6, 1), (5, -1, 1), (5, 1, 0), (5, 1, 6)):
+        with pytest.raises(ValueError, match="pass@"):
+            pass_at_k(answers, passed, k)

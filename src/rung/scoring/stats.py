@@ -48,6 +48,21 @@ MIN_RESAMPLED_CLUSTERS = 8
 """Below it no bootstrap interval is given: percentiles of so few clusters cover 0.5 to 0.9 (docs/evidence.md)."""
 
 
+def pass_at_k(answers: int, passed: int, k: int) -> float:
+    """Unbiased estimate of the probability that at least one of k answers passes (Chen et al. 2021, eq. 1).
+
+    1 - C(n - c, k) / C(n, k) for n `answers` to one question, of which c `passed`; the mean over questions is pass@k.
+    As a product of ratios, since the binomials overflow. 10 answers of which 3 passed: 0.3 for k = 1, 0.5333 for k = 2.
+    Raises `ValueError` unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= passed <= answers or not 1 <= k <= answers:
+        raise ValueError(f"pass@{k} of {answers} answers, {passed} passed")
+    if answers - passed < k:
+        return 1.0
+    failed = np.arange(answers - passed + 1, answers + 1, dtype=np.float64)
+    return float(1.0 - np.prod(1.0 - k / failed))
+
+
 def score_interval(
     scores: ArrayLike,
     clusters: Clusters = None,
