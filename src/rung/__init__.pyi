@@ -18,6 +18,7 @@ from rung.config.climb import ClimbConfig as ClimbConfig
 from rung.config.climb import OnTopConfig as OnTopConfig
 from rung.config.climb import RungConfig as RungConfig
 from rung.config.climb import SearchConfig as SearchConfig
+from rung.config.code import CodeLimitsConfig as CodeLimitsConfig
 from rung.config.data import DataConfig as DataConfig
 from rung.config.data import WeightedPath as WeightedPath
 from rung.config.evaluation import EvaluationConfig as EvaluationConfig
@@ -40,6 +41,7 @@ from rung.config.method import QloraConfig as QloraConfig
 from rung.config.method import VirtualTokenPositions as VirtualTokenPositions
 from rung.config.model import ModelConfig as ModelConfig
 from rung.config.objective import AdaptiveKlConfig as AdaptiveKlConfig
+from rung.config.objective import CodeRewardConfig as CodeRewardConfig
 from rung.config.objective import DistillConfig as DistillConfig
 from rung.config.objective import FunctionRewardConfig as FunctionRewardConfig
 from rung.config.objective import GrpoConfig as GrpoConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,63 @@ def test_what_cannot_be(setting: str, said: str, rewarded: Path, tmp_path: Path,
     code, _, err = inside(capsys, "train", rewarded, setting)
     assert code == 2 and said in err, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def programmed(rewarded: Path, tmp_path: Path) -> Path:
+    """The config of a run whose answers are programs: a letter or a digit passes, most other tokens do not."""
+    setup = "import string\nglobals().update(dict.fromkeys(string.ascii_letters, 1))"
+    row = {"tests": ["assert True"], "test_setup": setup}
+    rows = [{**row, "prompt": f"write {i}", "box": i % 20} for i in range(40)]
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = rewarded.read_text()
+    data = f"data: {{path: {tmp_path}/programs.jsonl, format: prompt_only, group: box, test: 0.25}}"
+    lines = [data if line.startswith("data:") else line for line in text.splitlines()]
+    rewarded.write_text("\n".join(lines) + "\n")
+    return rewarded
+
+
+CODE = (
+    "objective.reward={kind: code, timeout_seconds: 30}",
+    "objective.rollout.max_new_tokens=1",
+    "evaluation={metrics: [code], max_new_tokens: 1, code_limits: {timeout_seconds: 30}}",
+    "training.max_steps=2",
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs run on Linux")
+def test_programs_are_rewarded_by_their_tests(programmed: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two steps on programs of which some pass; the metric `code` scores prompts that have no expected answer."""
+    code, _, err = inside(capsys, "train", programmed, *CODE)
+    assert code == 0, err
+    entries = log(tmp_path / "run")
+    assert len(entries) == 2 and all(0.0 < entry["reward"] < 1.0 and entry["alike"] < 1.0 for entry in entries)
+    code, out, err = inside(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    evaluation = json.loads(out)
+    passed = evaluation["examples"] * evaluation["scores"]["code"]["mean"]
+    assert evaluation["examples"] > 1 and passed == pytest.approx(round(passed))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs run on Linux")
+def test_rows_without_tests_are_named_before_a_model_is_loaded(programmed: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "programs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    del rows[6]["tests"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for settings in (CODE, (*CODE, "evaluation={metrics: [exact]}")):
+        code, _, err = inside(capsys, "train", programmed, *settings, "data.test=0", "data.validation=0")
+        assert code == 2 and "programs.jsonl line 7: this row has no tests" in err, err
+        assert "objective.reward.kind: code" in err and "loading" not in err and not (tmp_path / "run").exists()
+    code, _, err = inside(capsys, "train", programmed, *CODE, "data.test=0.9", "data.validation=0")
+    assert code == 2 and "this row has no tests" in err and "evaluation.metrics: code" in err, err
+
+
+def test_a_machine_that_cannot_isolate_programs_refuses(
+    programmed: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rung.scoring.code_sandbox._IS_POSIX", False)
+    for settings, where in ((CODE, "evaluation.metrics"), (CODE[:2], "objective.reward.kind")):
+        code, _, err = inside(capsys, "train", programmed, *settings)
+        assert code == 3 and f"{where}: programs of answers cannot be run on this system" in err, err
+        assert not (tmp_path / "run").exists()

@@ -18,8 +18,9 @@ PUBLIC = {
         *("load_synth_config", "merge", "plan", "synthesize", "train"),
     ],
     "config classes": [
-        *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "DataConfig", "DistillConfig", "EvaluationConfig"),
-        *("FiltersConfig", "FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
+        *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
+        *("DataConfig", "DistillConfig", "EvaluationConfig", "FiltersConfig"),
+        *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
         *("LoraConfig", "LotteryConfig", "MixtureConfig", "ModelConfig", "ModelRewardConfig", "OnTopConfig"),
         *("OptimizerConfig", "PTuningConfig", "PeftTunerConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig"),
         *("PriceConfig", "SynthRunConfig", "TeachConfig", "TeacherConfig", "TeacherPromptConfig"),

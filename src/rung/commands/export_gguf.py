@@ -445,7 +445,9 @@ class Comparison:
                 answers.append((parsed, answer.stopped))
                 bar.advance(1)
             seconds = time.perf_counter() - start_time
-        scored = score_answers(chat, measured.records, prompts, answers, seconds, measured.metrics)
+        scored = score_answers(
+            *(chat, measured.records, prompts, answers, seconds, measured.metrics), code_limits=config.code_limits
+        )
         if measured.evaluation is None:
             return file
         run = measured.evaluation

@@ -7,12 +7,13 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rung.config.base import Config
+from rung.config.code import CodeLimitsConfig
 from rung.config.judge import JudgeConfig
 
 Context = Literal["given", "withheld", "retrieved"]
 ExampleSelection = Literal["random", "similarity", "coverage"]
 
-MetricName = Literal["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "perplexity"]
+MetricName = Literal["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "code", "perplexity"]
 
 
 class RetrievalConfig(Config):
@@ -42,7 +43,10 @@ class EvaluationConfig(Config):
     """How greedy answers to held-out questions are generated and scored."""
 
     metrics: tuple[MetricName, ...] = Field(default=("exact", "numeric"), min_length=1)
-    """Metrics to report; decisions use the first one. `math` needs `pip install 'rung[math]'`."""
+    """Metrics to report; decisions use the first one. `math` needs `pip install 'rung[math]'`, `code` rows with tests
+    and Linux."""
+    code_limits: CodeLimitsConfig = CodeLimitsConfig()
+    """For the metric `code`: limits of the program of an answer."""
     instruction: str | None = None
     """System prompt of the untuned rungs: the best one you have, for a fair comparison. Tuned rungs do not use it."""
     shots: NonNegativeInt = 4
@@ -68,6 +72,8 @@ class EvaluationConfig(Config):
     """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""
 
     def _check(self) -> None:
+        if self.code_limits != CodeLimitsConfig() and "code" not in self.metrics:
+            raise ValueError("code_limits is for metrics: [code]")
         if "" in self.stop:
             raise ValueError("an empty text in stop would end every answer before its first word")
         if text := next((text for text in self.stop if "\\n" in text or "\\t" in text), None):

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from rung.config.base import Config
+from rung.config.code import CodeLimitsConfig
 from rung.config.evaluation import Context, ExampleSelection
 
 
@@ -165,13 +166,19 @@ class RegexRewardConfig(Config):
         return pattern
 
 
+class CodeRewardConfig(CodeLimitsConfig):
+    """Reward 1 for an answer whose program passes the tests of its row, else 0; it runs isolated, on Linux."""
+
+    kind: Literal["code"] = "code"
+
+
 class FunctionRewardConfig(Config):
     """Reward from a user function: `def name(answer: str, row: dict) -> float`."""
 
     kind: Literal["function"] = "function"
     path: str = Field(default=..., pattern=r"^.+\.py:[A-Za-z_]\w*$")
-    """`file.py:name`; the row has the keys question, expected, references, context, task, group, reasoning, and for
-    rows that end in tool calls `expects_calls` and `calls`."""
+    """`file.py:name`; the row has the keys question, expected, references, tests, test_setup, context, task, group,
+    reasoning, and for rows that end in tool calls `expects_calls` and `calls`."""
 
 
 class ModelRewardConfig(Config):
@@ -185,7 +192,8 @@ class ModelRewardConfig(Config):
 
 
 RewardSourceConfig = Annotated[
-    VerifierConfig | RegexRewardConfig | FunctionRewardConfig | ModelRewardConfig, Field(discriminator="kind")
+    VerifierConfig | RegexRewardConfig | CodeRewardConfig | FunctionRewardConfig | ModelRewardConfig,
+    Field(discriminator="kind"),
 ]
 
 

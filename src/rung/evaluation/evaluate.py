@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rung.config.code import CodeLimitsConfig
 from rung.config.evaluation import EvaluationConfig, MetricName
 from rung.console import ProgressBar
 from rung.data.chat import ChatTemplate
@@ -31,7 +32,8 @@ from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
-from rung.scoring.metrics import METRICS, best_score
+from rung.scoring.code_answers import CODE, require_tests, run_answers
+from rung.scoring.metrics import BINARY_METRICS, METRICS, best_score
 from rung.scoring.stats import ratio_interval, score_interval
 from rung.training.run_folder import read_items, write_items
 from rung.types import Example, Record, Source
@@ -105,7 +107,7 @@ class Evaluation:
             nats = [item.nats or 0.0 for item in self.items]
             # a ratio of sums: perplexity is not a mean over items
             return ratio_interval(nats, [item.answer_tokens or 1 for item in self.items], self.clusters)
-        return score_interval(self.scores(metric), self.clusters, binary=METRICS[metric].binary)
+        return score_interval(self.scores(metric), self.clusters, binary=metric in BINARY_METRICS)
 
     def summary(self) -> dict[str, Any]:
         """For `run.json`."""
@@ -149,6 +151,8 @@ def evaluate(
     Raises `DataError` for records without a question under metrics that need one.
     """
     require_questions(records)
+    if CODE in config.metrics:
+        require_tests(records, "evaluation.metrics")
     # virtual tokens take positions of the context too
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
@@ -160,7 +164,9 @@ def evaluate(
         # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
-    scored = score_answers(chat, records, prompts, list(zip(answers, stopped, strict=True)), seconds, config.metrics)
+    answers_with_stop = list(zip(answers, stopped, strict=True))
+    limits = config.code_limits
+    scored = score_answers(chat, records, prompts, answers_with_stop, seconds, config.metrics, code_limits=limits)
     if PERPLEXITY not in config.metrics:
         return scored
     start_time = time.perf_counter()
@@ -178,9 +184,15 @@ def score_answers(
     answers: Sequence[tuple[ParsedAnswer, bool]],
     seconds: float,
     metrics: Sequence[MetricName],
+    *,
+    code_limits: CodeLimitsConfig,
 ) -> Evaluation:
-    """Scores of answers that are there already, each with whether the model ended it; perplexity needs a model."""
-    functions = {name: METRICS[name].function for name in metrics if name != PERPLEXITY}
+    """Scores of answers that are there already, each with whether the model ended it; perplexity needs a model.
+
+    Raises `DataError` for records without tests under the metric `code`, `PlanError` where programs are not isolated.
+    """
+    functions = {name: METRICS[name].function for name in metrics if name not in (PERPLEXITY, CODE)}
+    code_scores = _code_scores(records, answers, code_limits) if CODE in metrics else [{} for _ in records]
     items = tuple(
         ScoredItem(
             source=str(record.source),
@@ -191,14 +203,25 @@ def score_answers(
             answer=answer.text,
             references=record.references,
             reasoning=answer.reasoning,
-            scores=_scores(chat, functions, answer.text, record, chat.expected_calls(record)) if functions else {},
+            scores=code
+            | (_scores(chat, functions, answer.text, record, chat.expected_calls(record)) if functions else {}),
             prompt_tokens=len(prompt),
             stopped=stopped,
         )
-        for record, prompt, (answer, stopped) in zip(records, prompts, answers, strict=True)
+        for record, prompt, (answer, stopped), code in zip(records, prompts, answers, code_scores, strict=True)
     )
     # max: no division by zero for an empty split
     return Evaluation(items, seconds / max(1, len(items)), tuple(metrics))
+
+
+def _code_scores(
+    records: Sequence[Record], answers: Sequence[tuple[ParsedAnswer, bool]], limits: CodeLimitsConfig
+) -> list[dict[str, float]]:
+    """Programs of all answers run at once, as many as there are processors."""
+    require_tests(records, "evaluation.metrics")
+    tests = [record.tests for record in records if record.tests is not None]
+    results = run_answers([answer.text for answer, _ in answers], tests, limits)
+    return [{CODE: float(result.passed)} for result in results]
 
 
 def _scores(

@@ -20,7 +20,7 @@ from rung.config.climb import OnTopConfig, RungConfig
 from rung.errors import CheckpointError
 from rung.files import is_run_folder
 from rung.results import Ladder, LadderRow, RunResult
-from rung.scoring.metrics import METRICS
+from rung.scoring.metrics import BINARY_METRICS
 from rung.training.run_folder import read_items, read_manifest
 
 PERPLEXITY = "perplexity"
@@ -115,7 +115,7 @@ def _read_source(path: Path, manifest: Mapping[str, Any]) -> ReportSource:
 
 def is_binary(metric: str) -> bool:
     """True if the metric scores only 0 and 1."""
-    return metric in METRICS and METRICS[metric].binary
+    return metric in BINARY_METRICS
 
 
 def _finished_rungs(path: Path, ladder: Ladder) -> tuple[MeasuredRung, ...]:

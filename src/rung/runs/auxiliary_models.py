@@ -34,10 +34,10 @@ from rung.planning.advise import require_reward_run
 from rung.runs.dataset import RunData
 from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
 from rung.runs.teacher import load_teacher, require_same_rope_boundary
-from rung.scoring.verifiers import Verifier, make_verifier
+from rung.scoring.verifiers import Verifier, make_verifier, verify_all
 from rung.training.rollout import RewardFunction
 from rung.training.run_folder import read_manifest
-from rung.types import Example, Record
+from rung.types import CodeTests, Example, Record
 
 RewardSource = Verifier | RewardScorer
 """What scores an answer: a function of its text, or a reward model."""
@@ -180,7 +180,7 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
     expected_calls: dict[int, str | None] = {}
 
     def verify(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
-        rewards = []
+        texts, rows = [], []
         for document, generated in zip(documents, answers, strict=True):
             record = prompts.records[document.row]
             if document.row not in expected_calls:
@@ -188,8 +188,9 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
                 expected_calls[document.row] = chat.expected_calls(record) if chat.reads_tool_calls else None
             answer = chat.parsed_answer(generated.all_tokens, stopped=generated.stopped)
             calls = chat.canonical_calls(answer.text) if expected_calls[document.row] else None
-            rewards.append(source(answer.text, reward_row(record, answer, expected_calls[document.row], calls)))
-        return rewards
+            texts.append(answer.text)
+            rows.append(reward_row(record, answer, expected_calls[document.row], calls))
+        return verify_all(source, texts, rows)
 
     return verify
 
@@ -204,8 +205,11 @@ def reward_row(record: Record, answer: ParsedAnswer, expected_calls: str | None,
     tool_calls = record.messages[-1].tool_calls
     if tool_calls and expected_calls is None:
         expected_calls = canonical_calls(calls_of_message(tool_calls))
+    tests = record.tests or CodeTests("")
     return {
         **fields,
+        "tests": tests.source or None,
+        "test_setup": tests.setup or None,
         "expected": record.answer if expected_calls is None else expected_calls,
         "expects_calls": bool(tool_calls),
         "calls": calls,

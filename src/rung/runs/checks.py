@@ -10,13 +10,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 
 from rung.config.method import LotteryConfig
+from rung.config.objective import CodeRewardConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
+from rung.data.splits import Splits
 from rung.data.token_store import TokenizedDataset
 from rung.data.tokenize import PromptDataset
 from rung.errors import ConfigError, DataError, PlanError
@@ -28,6 +31,8 @@ from rung.planning.memory import CUDA_CONTEXT_BYTES, MIN_TOKENS, MemoryEstimate,
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes
 from rung.runs.dataset import RunData
+from rung.scoring.code_answers import require_tests
+from rung.scoring.code_sandbox import require_isolation
 from rung.training.distributed import World
 from rung.training.memory_use import free_memory, peak_memory_bytes
 from rung.training.run_folder import total_steps
@@ -49,6 +54,13 @@ def check_tasks(config: RunConfig, data: RunData) -> None:
     if unlearned_tasks := sorted(method_tasks - train_tasks):
         summary = "method.tasks names a task without training rows: nothing would be learned for it"
         raise DataError(summary, given=", ".join(unlearned_tasks))
+
+
+def check_code_reward(config: RunConfig, splits: Splits) -> None:
+    """A reward for programs needs tests in every row, and a machine that can isolate programs."""
+    if isinstance(config.objective.reward, CodeRewardConfig):
+        require_isolation("objective.reward.kind")
+        require_tests(chain(splits.train, splits.validation), "objective.reward.kind")
 
 
 def check_processes(config: RunConfig, world: World) -> None:

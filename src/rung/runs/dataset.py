@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from rung.config.evaluation import Context, RetrievalConfig
 from rung.config.method import front_virtual_tokens
-from rung.config.objective import ModelRewardConfig, VerifierConfig
+from rung.config.objective import CodeRewardConfig, ModelRewardConfig, VerifierConfig
 from rung.config.run import RunConfig
 from rung.console import print_status, status
 from rung.data.cache import cached_examples
@@ -31,6 +32,8 @@ from rung.errors import DataError
 from rung.evaluation.retrieval import Library, read_documents, row_contexts
 from rung.models.base_model import BaseModel
 from rung.objectives.registry import make_objective
+from rung.scoring.code_answers import CODE, require_tests
+from rung.scoring.code_sandbox import require_isolation
 from rung.scoring.math_answers import require_math_verify
 from rung.scoring.verifiers import needs_expected_answer
 from rung.types import Example
@@ -61,8 +64,12 @@ def read_splits(config: RunConfig) -> Splits:
         require_math_verify("evaluation.metrics")
     if isinstance(config.objective.reward, VerifierConfig) and config.objective.reward.kind == "math":
         require_math_verify("objective.reward.kind")
+    if CODE in config.evaluation.metrics:
+        require_isolation("evaluation.metrics")
     with status("reading data"):
         splits = load_data(config.data, config.seed)
+    if CODE in config.evaluation.metrics:
+        require_tests(chain(splits.validation, splits.test), "evaluation.metrics")
     for loaded in (*splits.notes["sets"], *splits.notes["held_out_files"].values()):
         for token, answers in loaded.get("removed_end_tokens", {}).items():
             print_status(f"{loaded['path']}: {answers:,} answers ended in {token}, which is removed")
@@ -190,6 +197,8 @@ def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, b
 def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max_tokens: int) -> RunData:
     """Prompts for a policy that samples the answers. Raises `DataError` if a reward needs answers that are missing."""
     source = config.objective.reward
+    if isinstance(source, CodeRewardConfig):
+        require_tests(chain(splits.train, splits.validation), "objective.reward.kind")
     # Checked now, since a missing answer would otherwise show at the first rollout that reaches the row.
     if source is not None and not isinstance(source, ModelRewardConfig) and needs_expected_answer(source):
         for record in (*splits.train, *splits.validation):

@@ -45,6 +45,7 @@ from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
 from rung.runs.reward_head import HEAD_KEY, OUTPUT_HEADS, read_score_head
+from rung.scoring.code_answers import CODE
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.run_folder import is_climb, read_manifest
 from rung.types import Message, Record
@@ -329,8 +330,11 @@ def _limited_records(config: RunConfig, split: Records, name: str) -> Records:
         share_or_file = getattr(config.data, name)
         summary = f"there is no {name} split to score on"
         raise ConfigError(summary, where=where, given=share_or_file, hint=f"set {where}: 0.1")
-    # An undesirable answer, or one that is not to be learned, is not the expected one.
-    without_expected = (record.is_undesirable or record.is_prompt_only or record.is_excluded for record in split)
+    # An undesirable answer, or one that is not to be learned, is not the expected one; tests expect no answer.
+    needs_answer = set(config.evaluation.metrics) != {CODE}
+    without_expected = (
+        record.is_undesirable or record.is_excluded or (record.is_prompt_only and needs_answer) for record in split
+    )
     indices = np.flatnonzero([not is_without for is_without in without_expected])
     if not len(indices):
         raise ConfigError(f"no row of the {name} split has an answer to expect", where=where)

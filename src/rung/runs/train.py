@@ -92,6 +92,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     if manifest is not None:
         return manifest
     splits = read_splits(config)
+    checks.check_code_reward(config, splits)
     load_config = keep_arithmetic(config, output) if start.resume else config
     settle_arithmetic(load_config, world)
     if world.size == 1:
@@ -106,6 +107,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
     splits = read_splits(config)
+    checks.check_code_reward(config, splits)
     base = load_base_to_train(config)
     data = tokenize_run(config, splits, base)
     checks.check_tasks(config, data)

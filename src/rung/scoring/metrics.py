@@ -184,4 +184,6 @@ METRICS: dict[str, Metric] = {
     **{function.__name__: Metric(function, binary=True) for function in (exact, normalized, numeric, math)},
     **{function.__name__: Metric(function, binary=False) for function in (token_f1, rouge_l)},
 }
-"""All metrics that compare two texts. Perplexity does not: see `stats.ratio_interval`."""
+"""All metrics that compare two texts. Perplexity (`stats.ratio_interval`) and `code` (`code_answers`) do not."""
+BINARY_METRICS = frozenset({"code", *(name for name, metric in METRICS.items() if metric.binary)})
+"""Metrics of which only 0 and 1 occur."""

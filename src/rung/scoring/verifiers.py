@@ -1,7 +1,8 @@
-"""Verifiable rewards: a function of the answer and of its row, from a metric, a pattern or a Python file.
+"""Verifiable rewards: a function of the answer and of its row, from a metric, a pattern, tests or a Python file.
 
 No model is needed, so a reward costs microseconds and cannot be gamed through a reward model's flaws, only through the
-rule itself. A function from a file runs with the user's rights: it is the user's own code and is not sandboxed.
+rule itself. A function from a file runs with the user's rights: it is the user's own code and is not sandboxed, while
+the programs of answers are (`code_sandbox`).
 `runs.auxiliary_models` makes the verifier of GRPO and PPO runs with `make_verifier`.
 """
 
@@ -11,25 +12,60 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import FunctionRewardConfig, RegexRewardConfig, VerifierConfig
+from rung.config.objective import CodeRewardConfig, FunctionRewardConfig, RegexRewardConfig, VerifierConfig
 from rung.errors import ConfigError, DataError
 from rung.scoring.answers import read_value
+from rung.scoring.code_answers import run_answers
+from rung.scoring.code_sandbox import require_isolation
 from rung.scoring.math_answers import require_math_verify
 from rung.scoring.metrics import METRICS, best_score, normalized, numeric
+from rung.types import CodeTests
 
 Row = Mapping[str, Any]
-"""`question`, `expected`, `references` (further accepted answers), `context`, `task`, `group`, `source` (path, line),
-and `reasoning`: what the model wrote before its answer. `expects_calls` is True where the row ends in tool calls; then
-`expected` is their canonical text (JSON with sorted keys), and `calls` that of the calls in the answer, or None."""
+"""`question`, `expected`, `references` (further accepted answers), `tests` and `test_setup` (Python source, or None),
+`context`, `task`, `group`, `source` (path, line), and `reasoning`: what the model wrote before its answer.
+`expects_calls` is True where the row ends in tool calls; then `expected` is their canonical text (JSON with sorted
+keys), and `calls` that of the calls in the answer, or None."""
 Verifier = Callable[[str, Row], float]
+RuleConfig = VerifierConfig | RegexRewardConfig | CodeRewardConfig | FunctionRewardConfig
+"""Rewards without a model."""
 
 
-def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> Verifier:
-    """The verifier of a config. Raises `ConfigError` if the file or function does not exist."""
+class CodeVerifier:
+    """The verifier that runs programs: 1 where all tests of the row pass. Several answers run at once."""
+
+    def __init__(self, limits: CodeRewardConfig) -> None:
+        self._limits = limits
+
+    def __call__(self, answer: str, row: Row) -> float:
+        """The reward of one answer."""
+        return self.verify_all([answer], [row])[0]
+
+    def verify_all(self, answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+        """The rewards of answers, each with the row beside it."""
+        tests = [CodeTests(row["tests"], row.get("test_setup") or "") for row in rows]
+        return [float(result.passed) for result in run_answers(answers, tests, self._limits)]
+
+
+def verify_all(verifier: Verifier, answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """The rewards of answers, each with the row beside it."""
+    if isinstance(verifier, CodeVerifier):
+        return verifier.verify_all(answers, rows)
+    return [verifier(answer, row) for answer, row in zip(answers, rows, strict=True)]
+
+
+def make_verifier(config: RuleConfig) -> Verifier:
+    """The verifier of a config.
+
+    Raises `ConfigError` if the file or function does not exist, `PlanError` if programs cannot be isolated here.
+    """
+    if isinstance(config, CodeRewardConfig):
+        require_isolation("objective.reward.kind")
+        return CodeVerifier(config)
     if isinstance(config, RegexRewardConfig):
         return _pattern_verifier(re.compile(config.pattern))
     if isinstance(config, FunctionRewardConfig):
@@ -46,7 +82,7 @@ def make_verifier(config: VerifierConfig | RegexRewardConfig | FunctionRewardCon
     return verify
 
 
-def needs_expected_answer(config: VerifierConfig | RegexRewardConfig | FunctionRewardConfig) -> bool:
+def needs_expected_answer(config: RuleConfig) -> bool:
     """True if the verifier reads the expected answer: for a row without one the empty answer would be right."""
     if isinstance(config, RegexRewardConfig):
         return re.compile(config.pattern).groups > 0
