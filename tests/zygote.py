@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from typing import Any
 class Zygote:
     """The forking process; `close` ends it."""
 
-    def __init__(self, log: Path, **env: str) -> None:
+    def __init__(self, log: Path, *, preload: Sequence[str] = (), **env: str) -> None:
+        """`preload` are modules that the children would otherwise import one by one."""
         self.log = log
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(log)],
+            [sys.executable, __file__, str(log), *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -66,12 +67,14 @@ class Zygote:
         return stdout.readline()
 
 
-def serve(log: str) -> None:
+def serve(log: str, preload: Sequence[str]) -> None:
     """Answer requests until there are no more."""
     import rung.cli
     import rung.commands.climb
     import rung.runs.train  # noqa: F401 -- what children would otherwise import one by one
 
+    for module in preload:
+        import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, dict):
@@ -104,4 +107,4 @@ def _be(request: Mapping[str, Any], log: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

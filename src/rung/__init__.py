@@ -52,7 +52,10 @@ _MODULES = {
         *("RewardConfig", "RolloutConfig", "SftConfig", "TeacherPromptConfig", "VerifierConfig"),
     ),
     "config.run": ("RunConfig",),
-    "config.synth": ("FiltersConfig", "PriceConfig", "SynthRunConfig", "TeachConfig", "TeacherConfig"),
+    "config.synth": (
+        *("ExamplesConfig", "FiltersConfig", "MakesConfig", "PriceConfig", "SelectionConfig", "SynthRunConfig"),
+        *("TeachConfig", "TeacherConfig"),
+    ),
     "config.training": ("OptimizerConfig", "TrainingConfig"),
     "console": ("Interrupted",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "NoSignalError", "PlanError", "RungError"),

@@ -56,8 +56,11 @@ from rung.config.objective import SftConfig as SftConfig
 from rung.config.objective import TeacherPromptConfig as TeacherPromptConfig
 from rung.config.objective import VerifierConfig as VerifierConfig
 from rung.config.run import RunConfig as RunConfig
+from rung.config.synth import ExamplesConfig as ExamplesConfig
 from rung.config.synth import FiltersConfig as FiltersConfig
+from rung.config.synth import MakesConfig as MakesConfig
 from rung.config.synth import PriceConfig as PriceConfig
+from rung.config.synth import SelectionConfig as SelectionConfig
 from rung.config.synth import SynthRunConfig as SynthRunConfig
 from rung.config.synth import TeachConfig as TeachConfig
 from rung.config.synth import TeacherConfig as TeacherConfig

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from processes import goes_on_as_if_never_stopped, inside, log
+from sandboxes import needs_isolation
 
 FUNCTION = "def few(answer, row):\n    return -len(answer) / 8\ndef same(answer, row):\n    return 1.0\n"
 
@@ -161,7 +161,7 @@ CODE = (
 )
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs run on Linux")
+@needs_isolation
 def test_programs_are_rewarded_by_their_tests(programmed: Path, tmp_path: Path, capsys: Any) -> None:
     """Two steps on programs of which some pass; the metric `code` scores prompts that have no expected answer."""
     code, _, err = inside(capsys, "train", programmed, *CODE)
@@ -175,7 +175,7 @@ def test_programs_are_rewarded_by_their_tests(programmed: Path, tmp_path: Path, 
     assert evaluation["examples"] > 1 and passed == pytest.approx(round(passed))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs run on Linux")
+@needs_isolation
 def test_rows_without_tests_are_named_before_a_model_is_loaded(programmed: Path, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "programs.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

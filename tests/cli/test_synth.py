@@ -121,9 +121,9 @@ def test_a_teacher_that_gives_too_little(teach: Path, tmp_path: Path, capsys: An
 @pytest.mark.parametrize(
     ("settings", "columns"),
     [
-        (("synth.makes=preferences", "synth.samples=3"), {"prompt", "chosen", "rejected"}),
-        (("synth.makes=dialogues", "synth.turns=3"), {"messages"}),
-        (("synth.makes=labels", "synth.labels=[sweet, sour]", "synth.seeds=null"), {"question", "answer"}),
+        (("synth.makes=preferences", "synth.selection.samples=3"), {"prompt", "chosen", "rejected"}),
+        (("synth.makes={kind: dialogues, turns: 3}",), {"messages"}),
+        (("synth.makes={kind: labels, labels: [sweet, sour]}", "synth.seeds=null"), {"question", "answer"}),
         (("synth.seeds=null", "synth.task=fruit and cellars"), {"question", "answer"}),
         (("synth.attributes={reader: [a child, a baker], tone: [dry]}",), {"question", "answer"}),
     ],
@@ -134,7 +134,7 @@ def test_what_a_teacher_makes(
     reward = tmp_path / "reward.py"
     reward.write_text("def longer(answer, row):\n    return float(len(answer))\n")
     if "preferences" in settings[0]:
-        settings = (*settings, f"synth.verifier={{kind: function, path: '{reward}:longer'}}")
+        settings = (*settings, f"synth.selection.verifier={{kind: function, path: '{reward}:longer'}}")
     code, _, err = inside(capsys, "synth", "teach", teach, *settings)
     assert code == 0, err
     rows = lines(tmp_path / "made" / "rows.jsonl")
@@ -147,7 +147,7 @@ def test_what_a_teacher_makes(
         roles = ["user", "assistant"] * 3
         assert all([turn["role"] for turn in row["messages"]] == roles for row in rows)
         assert any("Write the next question" in request["question"] for request in asked)
-    if "labels" in settings[0]:
+    if "sweet" in settings[0]:
         assert {row["answer"] for row in rows} == {"sweet", "sour"}
         assert all("Write a text with the label: s" in request["question"] for request in asked)
     if "attributes" in settings[0]:
@@ -182,10 +182,18 @@ def test_the_questions_of_seeds_are_answered_and_verified(
     rows = [{"question": f"what is in box {i} and shelf {i}?", "answer": str(60 + i)} for i in range(60)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = (f"synth.seeds={questions}", "synth.questions=seeds", "synth.task=null", "synth.rows=60")
-    settings = (*settings, "synth.verifier={kind: regex, pattern: 'were (6\\d) of'}", "synth.filters.refusals=false")
+    settings = (
+        *settings,
+        "synth.selection.verifier={kind: regex, pattern: 'were (6\\d) of'}",
+        "synth.filters.refusals=false",
+    )
     code, out, err = inside(capsys, "synth", "teach", teach, *settings, "--json")
     assert code in (2, 3), err  # hardly any number of this teacher is that of its row
-    settings = (*settings[:-2], "synth.verifier={kind: regex, pattern: 'were 1'}", "synth.samples=4")
+    settings = (
+        *settings[:-2],
+        "synth.selection.verifier={kind: regex, pattern: 'were 1'}",
+        "synth.selection.samples=4",
+    )
     code, out, err = inside(capsys, "synth", "teach", teach, *settings, f"output={tmp_path / 'right'}", "--json")
     assert code == 3, err
     kept = lines(tmp_path / "right" / "rows.jsonl")
@@ -229,13 +237,13 @@ def test_a_question_that_must_never_occur(teach: Path, seeds: Path, tmp_path: Pa
     ("settings", "said"),
     [
         (("synth.seeds=null", "synth.task=null"), "something to begin with"),
-        (("synth.samples=3",), "need a verifier or a judge"),
-        (("synth.makes=preferences", "synth.samples=1"), "between two answers"),
-        (("synth.labels=[a]",), "labels are for"),
+        (("synth.selection.samples=3",), "need a verifier or a judge"),
+        (("synth.makes=preferences", "synth.selection.samples=1"), "between two answers"),
+        (("synth.makes={kind: answers, labels: [a]}",), "is for makes"),
         (("synth.questions=seeds", "synth.makes=dialogues"), "questions: seeds takes"),
         (("synth.attributes={reader: []}",), "has no values"),
-        (("synth.verifier={kind: exact}",), "made questions have none"),
-        (("synth.judge={model: x}", "synth.samples=2"), "only after its agreement with people"),
+        (("synth.selection.verifier={kind: exact}",), "made questions have none"),
+        (("synth.selection.judge={model: x}", "synth.selection.samples=2"), "only after its agreement with people"),
         (("synth.teacher={model: x, stop: [a], server: 'http://127.0.0.1:9/v1'}",), "ends its answers itself"),
         (("synth.rovs=3",), "did you mean synth.rows?"),
         (("synth.filters.novelti=3",), "did you mean synth.filters.novelty?"),

@@ -22,8 +22,9 @@ from rung.config.code import CodeLimitsConfig
 from rung.errors import PlanError
 from rung.scoring import code_sandbox
 from rung.scoring.code_sandbox import Program, ProgramResult, remove_folder, require_isolation, run_program
+from sandboxes import needs_isolation
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Landlock and seccomp are Linux's")
+pytestmark = needs_isolation
 SHORT = 0.6
 """Seconds of a program that never ends by itself."""
 

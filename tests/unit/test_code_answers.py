@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from rung.errors import DataError
 from rung.scoring.code_answers import extract_program, require_tests, run_answers
 from rung.scoring.verifiers import CodeVerifier, make_verifier, needs_expected_answer, verify_all
 from rung.types import CodeTests, Message, Record, Source
+from sandboxes import needs_isolation
 
 LIMITS = CodeLimitsConfig(timeout_seconds=30.0)
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs run on Linux")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize(("name", "row"), [("mbpp", MBPP), ("sanitized", SANITIZED), ("human_eval", HUMAN_EVAL)])
-@on_linux
+@needs_isolation
 def test_public_rows(name: str, row: dict[str, Any], tmp_path: Path) -> None:
     """MBPP and HumanEval as they are published, with the maps of the docs: right answers pass, wrong ones do not."""
     file = tmp_path / "rows.jsonl"
@@ -217,7 +216,7 @@ def test_a_row_without_tests_is_named() -> None:
     require_tests(records[:1], "objective.reward.kind")
 
 
-@on_linux
+@needs_isolation
 def test_the_reward() -> None:
     config = CodeRewardConfig(timeout_seconds=30.0)
     verifier = make_verifier(config)
@@ -230,7 +229,7 @@ def test_the_reward() -> None:
     assert verify_all(lambda answer, row: len(answer), ["a", "bc"], [row] * 2) == [1.0, 2.0]
 
 
-@on_linux
+@needs_isolation
 def test_the_limits_reach_the_program() -> None:
     tests = [CodeTests("f()")]
     slow, large = "import time\ndef f(): time.sleep(5)", "def f(): bytearray(400 << 20)"

@@ -33,7 +33,7 @@ MAX_CONFIG_NODES = 100_000
 deep, are 329 bytes and ten billion nodes."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
-_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward"), ("synth", "verifier")})
+_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward"), ("synth", "selection", "verifier")})
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 
 

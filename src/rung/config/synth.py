@@ -71,7 +71,46 @@ class FiltersConfig(Config):
     """With `documents`: leave out answers with a number or a name that their passage does not hold."""
 
 
-Makes = Literal["answers", "explanations", "preferences", "dialogues", "labels"]
+class MakesConfig(Config):
+    """The form of the rows. In YAML the kind alone is enough."""
+
+    kind: Literal["answers", "explanations", "preferences", "dialogues", "labels"] = "answers"
+    """`answers`: question and answer; `explanations`: the answer after its reasons; `preferences`: the best and the
+    worst of several answers; `dialogues`: several questions in turn; `labels`: texts of each label."""
+    labels: tuple[str, ...] = ()
+    """labels only: the labels; default: the answers of the seeds."""
+    turns: PositiveInt = 2
+    """dialogues only: questions in one dialogue."""
+
+    def _check(self) -> None:
+        if self.labels and self.kind != "labels":
+            raise ValueError("`labels` is for makes: {kind: labels}")
+        if self.turns != 2 and self.kind != "dialogues":
+            raise ValueError("`turns` is for makes: {kind: dialogues}")
+
+
+class ExamplesConfig(Config):
+    """Rows that stand before a request, as worked examples."""
+
+    seeds: NonNegativeInt = 6
+    """Seeds (Wang et al. 2023, section 2.2)."""
+    made: NonNegativeInt = 2
+    """Rows that were made before, in addition (Wang et al. 2023, section 2.2)."""
+
+
+class SelectionConfig(Config):
+    """How answers are scored, and which of several is kept."""
+
+    samples: PositiveInt | None = None
+    """Answers to each question, of which the best is kept; default: 4 for preferences, else 1."""
+    verifier: RewardSourceConfig | None = None
+    """What scores an answer; except for a reward run, a question without an answer above 0 is left out."""
+    judge: JudgeConfig | None = None
+    """A model that compares sampled answers in both orders; used only once its agreement with people was measured."""
+
+    def _check(self) -> None:
+        if self.verifier is not None and self.judge is not None:
+            raise ValueError("either a verifier or a judge scores answers")
 
 
 class TeachConfig(Config):
@@ -89,67 +128,71 @@ class TeachConfig(Config):
     chunk_words: PositiveInt = 200
     """With `documents`: words per passage."""
     questions: Literal["made", "seeds"] = "made"
-    """`made`: the teacher writes new questions; `seeds`: it answers those of the seeds, whose answers are not used."""
-    makes: Makes = "answers"
-    """`answers`: question and answer; `explanations`: the answer after its reasons; `preferences`: best and worst of
-    `samples` answers; `dialogues`: several questions in turn; `labels`: texts of each label."""
-    labels: tuple[str, ...] = ()
-    """With `makes: labels`: the labels; default: the answers of the seeds."""
+    """`made`: the teacher writes new questions; `seeds`: it answers those of the seeds, whose answers are not shown."""
+    makes: MakesConfig = MakesConfig()
+    """The form of the rows."""
     attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Values to vary, for example {reader: [a beginner, an auditor]}: every request draws one of each."""
     rows: PositiveInt = Field(default=...)
     """Rows that are kept at the end; with `questions: seeds` at most the number of seeds."""
-    shots: NonNegativeInt = 6
-    """Seeds before each request (Wang et al. 2023, section 2.2)."""
-    made_shots: NonNegativeInt = 2
-    """Rows that were made before, in addition (Wang et al. 2023, section 2.2)."""
-    samples: PositiveInt | None = None
-    """Answers to each question, of which the best is kept; default: 4 for preferences, else 1."""
-    turns: PositiveInt = 2
-    """With `makes: dialogues`: questions in one dialogue."""
     attempts: PositiveInt = 5
     """Questions that are tried at most for each row that is wanted."""
-    verifier: RewardSourceConfig | None = None
-    """What scores an answer; a row without an answer that scores above 0 is left out."""
-    judge: JudgeConfig | None = None
-    """A model that compares sampled answers in both orders; trusted only by its agreement with people."""
+    examples: ExamplesConfig = ExamplesConfig()
+    """Rows that stand before a request."""
+    selection: SelectionConfig = SelectionConfig()
+    """How answers are scored, and which is kept."""
     filters: FiltersConfig = FiltersConfig()
     """What a row must pass."""
     never: tuple[str, ...] = ()
-    """Files whose questions must not occur among the rows, for example the test data: a row that repeats one is an
-    error."""
+    """Files whose questions must not occur among the rows, for example the test data. One among the seeds is an error;
+    one that the teacher writes is left out."""
 
     @field_validator("teacher", mode="before")
     @classmethod
     def _expand_teacher(cls, teacher: Any) -> Any:
         return {"model": teacher} if isinstance(teacher, str) else teacher
 
+    @field_validator("makes", mode="before")
+    @classmethod
+    def _expand_makes(cls, makes: Any) -> Any:
+        return {"kind": makes} if isinstance(makes, str) else makes
+
     @property
     def samples_per_question(self) -> int:
-        """The resolved `samples`."""
-        return self.samples or (4 if self.makes == "preferences" else 1)
+        """The resolved `selection.samples`."""
+        return self.selection.samples or (4 if self.makes.kind == "preferences" else 1)
 
     def _check(self) -> None:
         if not (self.task or self.seeds or self.documents):
             raise ValueError("the teacher needs something to begin with: task, seeds or documents")
-        if self.questions == "seeds" and not self.seeds:
-            raise ValueError("questions: seeds answers those of `seeds`, and none are named")
-        if self.questions == "seeds" and (self.documents or self.makes in ("dialogues", "labels")):
-            raise ValueError("questions: seeds takes the questions as they are, without documents, dialogues or labels")
-        if self.makes == "preferences" and self.samples_per_question < 2:
-            raise ValueError("a preference is between two answers: samples is at least 2")
-        if self.samples_per_question > 1 and self.verifier is None and self.judge is None:
-            raise ValueError("several answers to a question need a verifier or a judge that chooses among them")
-        if self.samples_per_question == 1 and self.judge is not None:
-            raise ValueError("a judge compares answers: set samples to 2 or more")
-        if self.labels and self.makes != "labels":
-            raise ValueError("labels are for makes: labels")
-        if self.makes == "labels" and not (self.labels or self.seeds):
+        if self.questions == "seeds":
+            self._check_answering()
+        self._check_selection()
+        if self.makes.kind == "labels" and not (self.makes.labels or self.seeds):
             raise ValueError("makes: labels needs `labels`, or seeds that hold them")
-        if self.attributes and self.questions == "seeds":
-            raise ValueError("attributes vary new questions, and questions: seeds writes none")
         if empty := [name for name, values in self.attributes.items() if not values]:
             raise ValueError(f"attribute {empty[0]!r} has no values")
+
+    def _check_answering(self) -> None:
+        if not self.seeds:
+            raise ValueError("questions: seeds answers those of `seeds`, and none are named")
+        if self.documents or self.makes.kind in ("dialogues", "labels"):
+            raise ValueError("questions: seeds takes the questions as they are, without documents, dialogues or labels")
+        if self.attributes:
+            raise ValueError("attributes vary new questions, and questions: seeds writes none")
+
+    def _check_selection(self) -> None:
+        is_scored = self.selection.verifier is not None or self.selection.judge is not None
+        if self.makes.kind == "preferences" and self.samples_per_question < 2:
+            raise ValueError("a preference is between two answers: selection.samples is at least 2")
+        if self.makes.kind == "labels" and (is_scored or self.selection.samples is not None):
+            raise ValueError("makes: labels asks for no answers that could be selected")
+        if self.makes.kind == "dialogues" and self.samples_per_question > 1:
+            raise ValueError("a dialogue continues with its one answer: selection.samples is 1")
+        if self.samples_per_question > 1 and not is_scored:
+            raise ValueError("several answers to a question need a verifier or a judge that chooses among them")
+        if self.samples_per_question == 1 and self.selection.judge is not None:
+            raise ValueError("a judge compares answers: set selection.samples to 2 or more")
 
 
 SynthConfig = TeachConfig

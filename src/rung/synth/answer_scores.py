@@ -42,15 +42,15 @@ def answer_scorer(config: TeachConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
 
     Raises `ConfigError` for a verifier that compares with expected answers where questions are made.
     """
-    if config.verifier is None:
-        return None if config.judge is None else _judge_scorer(config.judge, trust)
-    if isinstance(config.verifier, ModelRewardConfig):
-        return _reward_scorer(Path(config.verifier.run))
-    if config.questions == "made" and needs_expected_answer(config.verifier):
+    if config.selection.verifier is None:
+        return None if config.selection.judge is None else _judge_scorer(config.selection.judge, trust)
+    if isinstance(config.selection.verifier, ModelRewardConfig):
+        return _reward_scorer(Path(config.selection.verifier.run))
+    if config.questions == "made" and needs_expected_answer(config.selection.verifier):
         summary = "this verifier compares with expected answers, and made questions have none"
         hint = "take questions: seeds, a function, a pattern or a reward run"
-        raise ConfigError(summary, where="synth.verifier", given=config.verifier.kind, hint=hint)
-    verifier = make_verifier(config.verifier)
+        raise ConfigError(summary, where="synth.selection.verifier", given=config.selection.verifier.kind, hint=hint)
+    verifier = make_verifier(config.selection.verifier)
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
         return [[verifier(answer, _verifier_row(question)) for answer in question.answers] for question in questions]
@@ -114,7 +114,7 @@ def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
 
 def require_usable_judge(config: TeachConfig) -> None:
     """Raise `PlanError` for a judge whose agreement with people cannot be measured: it would decide unseen."""
-    if config.judge is not None and config.judge.human_labels is None:
+    if config.selection.judge is not None and config.selection.judge.human_labels is None:
         summary = "a judge chooses among answers only after its agreement with people was measured"
-        hint = "name pairs that people labeled in synth.judge.human_labels"
-        raise PlanError(summary, where="synth.judge", hint=hint)
+        hint = "name pairs that people labeled in synth.selection.judge.human_labels"
+        raise PlanError(summary, where="synth.selection.judge", hint=hint)

@@ -131,7 +131,7 @@ def rows_of(drafts: Iterable[Draft], config: TeachConfig) -> Iterable[dict[str, 
 def _columns(draft: Draft, config: TeachConfig) -> dict[str, Any]:
     context = {} if draft.context is None else {"context": draft.context}
     answer = draft.answers[0]
-    if config.makes == "preferences":
+    if config.makes.kind == "preferences":
         return {"prompt": _prompt(draft.turns), **context, "chosen": answer, "rejected": draft.answers[-1]}
     if len(draft.turns) > 1:
         turns = (*draft.turns, Message("assistant", answer))

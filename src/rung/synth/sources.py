@@ -62,9 +62,11 @@ class TeachSources:
             texts = read_documents(RetrievalConfig(documents=config.documents))
             # without overlap: the same sentence would be asked about twice
             passages = [p for text in texts for p in split_passages(text, config.chunk_words, 0)]
-        labels = config.labels or (tuple(dict.fromkeys(s.answer for s in seeds)) if config.makes == "labels" else ())
-        if config.makes == "labels" and (strange := {s.answer for s in seeds} - set(labels)):
-            summary = "a seed has a label that is not among synth.labels"
+        labels = config.makes.labels or (
+            tuple(dict.fromkeys(s.answer for s in seeds)) if config.makes.kind == "labels" else ()
+        )
+        if config.makes.kind == "labels" and (strange := {s.answer for s in seeds} - set(labels)):
+            summary = "a seed has a label that is not among synth.makes.labels"
             raise DataError(summary, where=config.seeds, given=sorted(strange)[0], allowed=", ".join(labels))
         never = {tuple(prompt_words(record)): str(record.source) for path in config.never for record in _records(path)}
         sources = TeachSources(seeds, passages, labels, never)
@@ -80,7 +82,7 @@ class TeachSources:
 
     def answer_examples(self, config: TeachConfig) -> dict[str, WorkedExample]:
         """Seeds as worked examples of answers, by source; explanations have another form than the seeds' answers."""
-        if config.makes == "explanations":
+        if config.makes.kind == "explanations":
             return {}
         return {seed.source: seed.worked_example for seed in self.seeds}
 

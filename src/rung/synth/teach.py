@@ -135,12 +135,14 @@ class Teaching:
             self._round_start, self.tried = numbers.start, numbers.stop
             self._round(numbers)
             self.on_round(len(self.kept), self.tried)
+        surplus = Rejection("surplus", "the rows that were asked for were complete")
+        self.rejected += [replace(draft, rejection=surplus) for draft in self.kept[rows:]]
         del self.kept[rows:]
 
     def _round(self, numbers: range) -> None:
         drafts = self._questions(numbers)
         drafts = [self._filtered_question(draft) for draft in drafts]
-        for turn in range(self.config.turns if self.config.makes == "dialogues" else 1):
+        for turn in range(self.config.makes.turns if self.config.makes.kind == "dialogues" else 1):
             if turn:
                 drafts = self._next_questions(drafts)
             drafts = self._answered(drafts)
@@ -202,7 +204,7 @@ class Teaching:
         config = self.config
         attributes = {name: str(chance.choice(values)) for name, values in config.attributes.items()}
         label = None
-        if config.makes == "labels":
+        if config.makes.kind == "labels":
             labels = self.sources.labels
             label = labels[number % len(labels)]  # in turn, so that all labels get as many
         examples = self._examples(chance, label)
@@ -219,7 +221,7 @@ class Teaching:
         """Seeds and rows that were made before, at random, the order mixed."""
         seeds = [s.worked_example for s in self.sources.seeds if label is None or s.answer == label]
         made = [self._worked_example(draft) for draft in self.kept if label is None or draft.label == label]
-        drawn = [*_sample(chance, seeds, self.config.shots), *_sample(chance, made, self.config.made_shots)]
+        drawn = [*_sample(chance, seeds, self.config.examples.seeds), *_sample(chance, made, self.config.examples.made)]
         if self.sources.passages:
             drawn = [example for example in drawn if example.context]  # without a text the form would be another
         return [drawn[i] for i in chance.permutation(len(drawn))]
@@ -268,9 +270,9 @@ class Teaching:
 
     def _answered(self, drafts: Sequence[Draft]) -> list[Draft]:
         """Drafts with the answers that pass the filters of answers."""
-        if self.config.makes == "labels":
+        if self.config.makes.kind == "labels":
             return [replace(d, answers=(d.label,)) if d.label and d.rejection is None else d for d in drafts]
-        explain = self.config.makes == "explanations"
+        explain = self.config.makes.kind == "explanations"
         shots = self.sources.answer_examples(self.config) if self.config.questions == "made" else {}
 
         def request(draft: Draft) -> Conversation:
@@ -289,7 +291,7 @@ class Teaching:
         passing = tuple(a.text.strip() for a, reason in zip(answers, rejections, strict=True) if reason is None)
         # distinct: an answer is not better than itself
         passing = tuple(dict.fromkeys(passing))
-        if len(passing) < (2 if self.config.makes == "preferences" else 1):
+        if len(passing) < (2 if self.config.makes.kind == "preferences" else 1):
             first = next((reason for reason in rejections if reason is not None), None)
             return replace(draft, rejection=first or Rejection("tie", "all answers are the same"))
         return replace(draft, answers=passing)
@@ -298,7 +300,7 @@ class Teaching:
         text, filters = answer.text.strip(), self.config.filters
         if (incomplete := _incomplete("answer", text, answer.stopped)) is not None:
             return incomplete
-        if self.config.makes == "explanations" and requests.final_answer(text) is None:
+        if self.config.makes.kind == "explanations" and requests.final_answer(text) is None:
             return Rejection("form", f"no line begins with {requests.ANSWER_LINE}")
         rejection = check_answer_length(text, filters)
         if rejection is None and filters.refusals and not self.sources.seeds_refuse:
@@ -314,7 +316,7 @@ class Teaching:
         open_drafts = [d for d in drafts if d.rejection is None]
         if self._score is None or not open_drafts:
             return list(drafts)
-        explains = self.config.makes == "explanations"
+        explains = self.config.makes.kind == "explanations"
         questions = [
             AnsweredQuestion(
                 d.turns,
@@ -332,9 +334,13 @@ class Teaching:
         order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first sample
         best, worst = scores[order[0]], scores[order[-1]]
         rejection = None
-        if self.config.verifier is not None and self.config.verifier.kind != "model" and best <= 0.0:
+        if (
+            self.config.selection.verifier is not None
+            and self.config.selection.verifier.kind != "model"
+            and best <= 0.0
+        ):
             rejection = Rejection("verifier", f"no answer is accepted, the best scores {best:g}")
-        if self.config.makes == "preferences" and best == worst:
+        if self.config.makes.kind == "preferences" and best == worst:
             rejection = Rejection("tie", f"all answers score {best:g}")
         ordered, values = tuple(draft.answers[i] for i in order), tuple(scores[i] for i in order)
         return replace(draft, answers=ordered, scores=values, rejection=rejection)

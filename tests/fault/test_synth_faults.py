@@ -1,0 +1,113 @@
+"""`rung synth` under kills and hostile replies: nothing that was answered is asked again, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopback import Local
+from zygote import Zygote
+
+CONCURRENCY = 3
+
+
+@pytest.fixture
+def zygote(tmp_path: Path) -> Iterator[Zygote]:
+    modules = ("rung.synth.run", "rung.synth.lines", "openai", "datasketch", "rouge_score.rouge_scorer")
+    found = Zygote(tmp_path / "zygote.log", preload=modules, RUNG_CACHE=str(tmp_path / "cache"))
+    yield found
+    found.close()
+
+
+def teach_config(local: Local, folder: Path, rows: int) -> Path:
+    seeds = [{"question": f"Why is the {word} in the cellar?", "answer": "Nobody knows."} for word in ("pear", "knife")]
+    (folder / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds))
+    file = folder / "teach.yaml"
+    file.write_text(
+        f"synth:\n  kind: teach\n  teacher: {{server: {local.url}, model: big, concurrency: {CONCURRENCY}}}\n"
+        f"  seeds: {folder / 'seeds.jsonl'}\n  rows: {rows}\n  attempts: 50\noutput: {folder / 'whole'}\n"
+    )
+    return file
+
+
+def answered(local: Local) -> Counter[str]:
+    """How often the server answered each request."""
+    return Counter(json.dumps(request["asked"], sort_keys=True) for request in local.requests() if not request["how"])
+
+
+def sweep(zygote: Zygote, local: Local, folder: Path, kills: int) -> list[int]:
+    """Kill as many commands at random moments and run each again; how many replies each had when it was killed."""
+    local.rule(teach=True, slow=0.02)
+    config = teach_config(local, folder, 20)
+    started = time.monotonic()
+    assert zygote.run("synth", "teach", config) == 0, zygote.log.read_text()
+    took, expected = time.monotonic() - started, (folder / "whole" / "rows.jsonl").read_bytes()
+    rejected, needed = (folder / "whole" / "rejected.jsonl").read_bytes(), len(local.requests())
+    kept, chance = [], np.random.default_rng(5)
+    for number in range(kills):
+        output, before = folder / f"killed-{number}", answered(local)
+        child = zygote.start("synth", "teach", config, f"output={output}")
+        time.sleep(chance.uniform() * took)
+        os.kill(child, signal.SIGKILL)
+        zygote.wait(child)
+        time.sleep(0.1)  # what was on its way is no longer waited for
+        journal = output / "journal.jsonl"
+        kept.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0)
+        assert zygote.run("synth", "teach", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
+        assert (output / "rows.jsonl").read_bytes() == expected
+        assert (output / "rejected.jsonl").read_bytes() == rejected
+        asked = answered(local) - before
+        # at most what was on its way at the kill is asked twice
+        assert needed <= asked.total() <= needed + CONCURRENCY, (asked.total(), needed, kept)
+        assert not [p.name for p in output.rglob(".*")]
+    return kept
+
+
+def test_killed_at_random_moments(zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert any(sweep(zygote, local, tmp_path, 5))
+
+
+@pytest.mark.soak
+def test_killed_at_fifty_random_moments(zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert sum(count > 0 for count in sweep(zygote, local, tmp_path, 50)) > 20
+
+
+def endure(zygote: Zygote, local: Local, folder: Path, rows: int) -> int:
+    """Make rows of a hostile server; how many of its replies were hostile."""
+    local.rule(teach=True, hostile=True)
+    config = teach_config(local, folder, rows)
+    assert zygote.run("synth", "teach", config) == 0, zygote.log.read_text()[-3000:]
+    whole = folder / "whole"
+    made = (whole / "rows.jsonl").read_text()
+    rejected = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
+    result = json.loads((whole / "synth.json").read_text())["result"]
+    assert result["rows"] == rows == made.count("\n") and result["tried"] == rows + len(rejected)
+    assert {"failed", "refusals"} <= set(result["rejected"]) and "half \ud800" not in made
+    assert result["cost"]["failed"] == result["rejected"]["failed"] > 0
+    assert all("answer" in json.loads(line) for line in made.splitlines())
+    # every reply is in the journal, failures too: without the results the same rows come of no request at all
+    before = len(local.requests())
+    for name in ("rows.jsonl", "rejected.jsonl", "synth.json"):
+        (whole / name).unlink()
+    assert zygote.run("synth", "teach", config) == 0, zygote.log.read_text()[-3000:]
+    assert (whole / "rows.jsonl").read_text() == made and len(local.requests()) == before
+    shutil.rmtree(whole)
+    return sum(request["how"] is not None for request in local.requests())
+
+
+def test_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert endure(zygote, local, tmp_path, 40) > 25
+
+
+@pytest.mark.soak
+def test_five_hundred_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert endure(zygote, local, tmp_path, 400) > 500
