@@ -11,8 +11,9 @@ import pytest
 
 import rung
 from rung.cli import app
-from rung.config.io import load_config
+from rung.config.io import load_config, load_synth_config
 from rung.config.run import RunConfig
+from rung.config.synth import SynthRunConfig
 from rung.methods.registry import METHODS
 from rung.objectives.registry import OBJECTIVES
 
@@ -23,16 +24,23 @@ PYTHON = [(page, block) for page in PAGES for block in re.findall(r"```python\n(
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 
+def load_any(file: Path) -> RunConfig | SynthRunConfig:
+    """A config of a run, or of `rung synth`."""
+    if re.search(r"^synth:", file.read_text(), re.M):
+        return load_synth_config(file)
+    return load_config(file).config
+
+
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(BLOCKS)])
 def test_configs_in_the_docs_load(page: Path, block: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(block)
-    assert load_config(file).config.output
+    assert load_any(file).output
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_examples_load_and_stay_short(file: Path) -> None:
-    assert load_config(file).config.output.startswith("runs/")
+    assert load_any(file).output.startswith("runs/")
     assert len(file.read_text().splitlines()) <= 25
 
 
@@ -47,7 +55,7 @@ def test_every_objective_has_a_page(kind: str) -> None:
 
 
 def test_every_verb_in_the_docs_exists() -> None:
-    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"data", "models"}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"data", "models", "synth"}
     said = {verb for page in PAGES for verb in re.findall(r"`rung ([a-z]+)", page.read_text())}
     assert said and said <= known, said - known
 
