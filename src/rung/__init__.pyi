@@ -58,12 +58,14 @@ from rung.config.objective import VerifierConfig as VerifierConfig
 from rung.config.run import RunConfig as RunConfig
 from rung.config.synth import ExamplesConfig as ExamplesConfig
 from rung.config.synth import FiltersConfig as FiltersConfig
+from rung.config.synth import ImproveConfig as ImproveConfig
+from rung.config.synth import ImproveRunConfig as ImproveRunConfig
 from rung.config.synth import MakesConfig as MakesConfig
 from rung.config.synth import PriceConfig as PriceConfig
 from rung.config.synth import SelectionConfig as SelectionConfig
-from rung.config.synth import SynthRunConfig as SynthRunConfig
 from rung.config.synth import TeachConfig as TeachConfig
 from rung.config.synth import TeacherConfig as TeacherConfig
+from rung.config.synth import TeachRunConfig as TeachRunConfig
 from rung.config.training import OptimizerConfig as OptimizerConfig
 from rung.config.training import TrainingConfig as TrainingConfig
 from rung.console import Interrupted as Interrupted
@@ -85,6 +87,8 @@ from rung.results import ForgettingComparison as ForgettingComparison
 from rung.results import FuseResult as FuseResult
 from rung.results import GateResult as GateResult
 from rung.results import GenerationResult as GenerationResult
+from rung.results import ImproveResult as ImproveResult
+from rung.results import ImproveRound as ImproveRound
 from rung.results import Ladder as Ladder
 from rung.results import MergeResult as MergeResult
 from rung.results import MetricComparison as MetricComparison

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -283,19 +283,49 @@ def teach(
     Exit code 3 if fewer rows were kept than the config asks for.
     """
     from rung.config.io import load_synth_config
+    from rung.config.synth import TeachRunConfig
     from rung.synth.lines import preview_lines, synth_lines
-    from rung.synth.run import preview as preview_rows
-    from rung.synth.run import synthesize
+    from rung.synth.teach import preview as preview_rows
+    from rung.synth.teach import teach as teach_rows
 
-    loaded = load_synth_config(config, overrides or ())
+    loaded = cast(TeachRunConfig, load_synth_config(config, overrides or (), verb="teach"))
     if preview is not None:
         rows, rejected = preview_rows(loaded, preview)
         _show({"rows": rows, "rejected": rejected}, preview_lines(rows, rejected), as_json)
         return
-    result = synthesize(loaded, overwrite=overwrite)
+    result = teach_rows(loaded, overwrite=overwrite)
     _show(result.to_json(), synth_lines(result), as_json)
     if result.rows < result.wanted:
         raise typer.Exit(REFUSED)
+
+
+@synth_app.command()
+def improve(
+    config: Annotated[str, typer.Argument(help="YAML config file with a section synth.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    preview: Annotated[
+        int | None, typer.Option(min=1, help="Print the first model's answers to so many questions; write nothing.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model on those of its own answers that a verifier accepts, round by round.
+
+    The same command continues after a stop.
+    """
+    from rung.config.io import load_synth_config
+    from rung.config.synth import ImproveRunConfig
+    from rung.synth.improve import Improvement
+    from rung.synth.improve import improve as improve_model
+    from rung.synth.lines import improve_lines, sampled_lines
+
+    loaded = cast(ImproveRunConfig, load_synth_config(config, overrides or (), verb="improve"))
+    if preview is not None:
+        sampled = Improvement(loaded).preview(preview)
+        rows = [{"question": q.record.question, "answers": q.answers, "accepted": q.accepted} for q in sampled]
+        _show({"questions": rows}, sampled_lines(rows), as_json)
+        return
+    result = improve_model(loaded)
+    _show(result.to_json(), improve_lines(result), as_json)
 
 
 @app.command()

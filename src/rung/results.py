@@ -449,6 +449,41 @@ class SynthResult(Result):
     judge: JudgeAgreement | None = None
 
 
+class ImproveRound(Result):
+    """What a round's model does on the validation split."""
+
+    number: int
+    """0: the model that everything began with."""
+    pass_at: dict[int, Estimate]
+    """pass@k by k: the probability that at least one of k sampled answers is accepted (Chen et al. 2021, eq. 1)."""
+    gain: Estimate | None = None
+    """pass@1 minus that of the round before, paired by question; None for round 0."""
+    all_right: float
+    """Share of the questions of which every sampled answer is accepted: they teach nothing more."""
+    all_wrong: float
+    """Share of the questions without an accepted answer."""
+    distinct: float
+    """Distinct answers over all answers."""
+    rows: int = 0
+    """Accepted answers that the round trained on."""
+    questions_with_rows: int = 0
+    train_seconds: float = 0.0
+
+
+class ImproveResult(Result):
+    """Rounds of a model that learned from its own accepted answers."""
+
+    output: str
+    """Run of the best round, or the model that everything began with."""
+    rounds: tuple[ImproveRound, ...]
+    best: int
+    """Number of the round with the highest pass@1 on the validation split."""
+    reason: str
+    """Why there was no further round."""
+    test: dict[str, Any] | None = None
+    """pass@k of the first and of the best model on the test split, and their paired difference; None without one."""
+
+
 class MergeResult(Result):
     """An adapter folded into its base, and the proof that the written model is the run's."""
 

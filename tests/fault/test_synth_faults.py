@@ -81,6 +81,49 @@ def test_killed_at_fifty_random_moments(zygote: Zygote, local: Local, tmp_path: 
     assert sum(count > 0 for count in sweep(zygote, local, tmp_path, 50)) > 20
 
 
+def sweep_improve(zygote: Zygote, config: Path, folder: Path, kills: int) -> set[str]:
+    """Kill as many commands of `improve` at random moments and run each again; the stages in which they were killed."""
+    reward = folder / "reward.py"
+    reward.write_text("def has_e(answer, row):\n    return float('e' in answer)\n")
+    text = config.read_text().replace("instruction: Name the fruit.", "stop: [t, n]")
+    config.write_text(
+        f"synth: {{kind: improve, verifier: {{kind: function, path: '{reward}:has_e'}}, rounds: 1, samples: 2}}\n"
+        + text.replace("exact, numeric, perplexity", "exact").replace("test: 0.25", "test: 0.25, validation: 0.25")
+    )
+    for name in ("first", "whole"):  # the first one fills caches
+        started = time.monotonic()
+        assert zygote.run("synth", "improve", config, f"output={folder / name}") == 0, zygote.log.read_text()
+    took, stages, chance = time.monotonic() - started, set[str](), np.random.default_rng(6)
+    names = ("round-1/rows.jsonl", "round-0/round.json", "test.json")
+    expected = [(folder / "whole" / name).read_text() for name in names]
+    weights = (folder / "whole" / "round-1" / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for number in range(kills):
+        output = folder / f"killed-{number}"
+        child = zygote.start("synth", "improve", config, f"output={output}")
+        time.sleep(chance.uniform() * took)
+        os.kill(child, signal.SIGKILL)
+        zygote.wait(child)
+        reached = [
+            name for name in ("round-0/round.json", "round-1/rows.jsonl", "test.json") if (output / name).exists()
+        ]
+        stages.add(reached[-1] if reached else "nothing")
+        took *= 0.9 if "test.json" in reached else 1.02
+        assert zygote.run("synth", "improve", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
+        assert [(output / name).read_text() for name in names] == expected
+        assert (output / "round-1" / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+        assert not [p.name for p in output.rglob(".*")]
+    return stages
+
+
+def test_improve_is_killed_at_random_moments(zygote: Zygote, config: Path, tmp_path: Path) -> None:
+    assert len(sweep_improve(zygote, config, tmp_path, 5)) > 1
+
+
+@pytest.mark.soak
+def test_improve_is_killed_at_fifty_random_moments(zygote: Zygote, config: Path, tmp_path: Path) -> None:
+    assert len(sweep_improve(zygote, config, tmp_path, 50)) >= 3
+
+
 def endure(zygote: Zygote, local: Local, folder: Path, rows: int) -> int:
     """Make rows of a hostile server; how many of its replies were hostile."""
     local.rule(teach=True, hostile=True)
@@ -110,4 +153,4 @@ def test_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_five_hundred_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
-    assert endure(zygote, local, tmp_path, 400) > 500
+    assert endure(zygote, local, tmp_path, 750) > 500

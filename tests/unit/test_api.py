@@ -23,8 +23,8 @@ PUBLIC = {
         *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
         *("LoraConfig", "LotteryConfig", "MixtureConfig", "ModelConfig", "ModelRewardConfig", "OnTopConfig"),
         *("OptimizerConfig", "PTuningConfig", "PeftTunerConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig"),
-        *("ExamplesConfig", "MakesConfig", "PriceConfig", "SelectionConfig", "SynthRunConfig", "TeachConfig"),
-        *("TeacherConfig", "TeacherPromptConfig"),
+        *("ExamplesConfig", "ImproveConfig", "ImproveRunConfig", "MakesConfig", "PriceConfig", "SelectionConfig"),
+        *("TeachConfig", "TeachRunConfig", "TeacherConfig", "TeacherPromptConfig"),
         *("PrefixConfig", "PromptConfig", "QloraConfig", "RegexRewardConfig", "RetrievalConfig", "RewardConfig"),
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
@@ -34,7 +34,7 @@ PUBLIC = {
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
         *("ForgettingComparison", "FuseResult"),
         *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
-        *("SynthCost", "SynthResult"),
+        *("ImproveResult", "ImproveRound", "SynthCost", "SynthResult"),
     ],
     "errors": [
         *("CheckpointError", "ConfigError", "DataError", "GateError", "Interrupted", "NoSignalError", "PlanError"),
@@ -70,7 +70,7 @@ def test_errors_are_a_module_too() -> None:
 def test_all_config_classes_are_exported() -> None:
     from rung.config.base import Config
     from rung.config.run import RunConfig
-    from rung.config.synth import SynthRunConfig
+    from rung.config.synth import ImproveRunConfig, TeachRunConfig
 
     def reachable(model: type[Config], seen: set[str]) -> set[str]:
         seen.add(model.__name__)
@@ -84,7 +84,7 @@ def test_all_config_classes_are_exported() -> None:
                 pending.extend(getattr(annotation, "__args__", ()))
         return seen
 
-    classes = reachable(RunConfig, set()) | reachable(SynthRunConfig, set())
+    classes = set().union(*(reachable(c, set()) for c in (RunConfig, TeachRunConfig, ImproveRunConfig)))
     assert classes == set(PUBLIC["config classes"])
 
 

@@ -23,17 +23,24 @@ from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.run import RunConfig
-from rung.config.synth import SynthRunConfig
+from rung.config.synth import ImproveRunConfig, SynthRunConfig, TeachRunConfig
 from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
+SYNTH_CONFIGS: dict[str, type[TeachRunConfig | ImproveRunConfig]] = {
+    "teach": TeachRunConfig,
+    "improve": ImproveRunConfig,
+}
+"""By the kind of the section `synth`, which is the verb."""
 MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fail at once
 MAX_CONFIG_NODES = 100_000
 """Largest number of YAML nodes of a config with its aliases written out; ten aliases of ten aliases each, ten levels
 deep, are 329 bytes and ten billion nodes."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
-_UNION_GROUPS = frozenset({("method",), ("objective",), ("objective", "reward"), ("synth", "selection", "verifier")})
+_UNION_GROUPS = frozenset(
+    {("method",), ("objective",), ("objective", "reward"), ("synth", "verifier"), ("synth", "selection", "verifier")}
+)
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 
 
@@ -148,14 +155,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     return LoadedConfig(config, {_dotted(key_path): origin for key_path, origin in origins.items()})
 
 
-def load_synth_config(source: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> SynthRunConfig:
-    """Read and validate a config of `rung synth`, with `key=value` overrides. Raises `ConfigError`."""
-    is_mapping = isinstance(source, Mapping)
+def load_synth_config(
+    source: Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, verb: str | None = None
+) -> SynthRunConfig:
+    """Read and validate a config of `rung synth`, with `key=value` overrides.
+
+    `verb` is the verb that reads it. Raises `ConfigError`, also for the config of another verb.
+    """
     raw, origins = (copy.deepcopy(dict(source)), {}) if isinstance(source, Mapping) else _read_yaml(Path(source))
-    if not is_mapping and "synth" not in raw:
+    for override in overrides:
+        _apply_override(raw, origins, override)
+    where = origins.get((), "config")
+    synth = raw.get("synth")
+    if not isinstance(synth, dict):
         hint = "for example synth: {kind: teach, teacher: smollm2-135m, seeds: my.jsonl, rows: 100}"
-        raise ConfigError("synth is missing", where=str(source), hint=hint)
-    return _validate_with_overrides(raw, origins, overrides, SynthRunConfig)
+        raise ConfigError("synth is missing", where=where, hint=hint)
+    kind = synth.setdefault("kind", verb)
+    if kind not in SYNTH_CONFIGS:
+        raise ConfigError("no such kind", where="synth.kind", given=kind, allowed=", ".join(SYNTH_CONFIGS))
+    if verb not in (None, kind):
+        raise ConfigError("this is the config of another verb", where=where, given=kind, hint=f"rung synth {kind}")
+    return _validate(raw, origins, SYNTH_CONFIGS[kind])
 
 
 ConfigSource = RunConfig | Mapping[str, Any] | str | Path
@@ -173,7 +193,7 @@ def resolve_config(source: ConfigSource, overrides: Sequence[str] = ()) -> RunCo
 
 def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:
     """Validate a mapping; `where` is the origin in error messages."""
-    return _validate(dict(raw), {(): where})
+    return _validate(dict(raw), {(): where}, RunConfig)
 
 
 def config_to_dict(config: BaseModel) -> dict[str, Any]:
@@ -330,19 +350,14 @@ def _key_origins(node: yaml.Node, key_path: KeyPath, path: str) -> Iterator[tupl
         yield from _key_origins(value, nested_path, path)
 
 
-C = TypeVar("C", RunConfig, SynthRunConfig)
-
-
-def _validate_with_overrides(
-    raw: dict[str, Any],
-    origins: dict[KeyPath, str],
-    overrides: Sequence[str],
-    config_class: type[C] = RunConfig,  # type: ignore[assignment]
-) -> C:
+def _validate_with_overrides(raw: dict[str, Any], origins: dict[KeyPath, str], overrides: Sequence[str]) -> RunConfig:
     """Apply overrides, which changes `raw` and `origins`, and validate."""
     for override in overrides:
         _apply_override(raw, origins, override)
-    return _validate(raw, origins, config_class)
+    return _validate(raw, origins, RunConfig)
+
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def _apply_override(raw: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
@@ -375,11 +390,7 @@ def _nested_keys(value: Any, key_path: KeyPath) -> Iterator[KeyPath]:
             yield from _nested_keys(nested, (*key_path, str(key)))
 
 
-def _validate(
-    raw: dict[str, Any],
-    origins: Mapping[KeyPath, str],
-    config_class: type[C] = RunConfig,  # type: ignore[assignment]
-) -> C:
+def _validate(raw: dict[str, Any], origins: Mapping[KeyPath, str], config_class: type[C]) -> C:
     if isinstance(raw.get("method"), dict) and "kind" not in raw["method"]:
         # `method: {rank: 8}` means lora, the default method; pydantic would refuse a group without its `kind`
         raw = {**raw, "method": {"kind": "lora", **raw["method"]}}
@@ -401,7 +412,7 @@ def _explain(
     if problem["type"] == "extra_forbidden":
         known_settings = sorted(_known_settings(key_path[:-1], raw, config_class))
         parent = _dotted(key_path[:-1])
-        whole = "a run" if config_class is RunConfig else "rung synth"
+        whole = "a run" if config_class is RunConfig else f"rung synth {raw['synth'].get('kind')}"
         kind = f"{parent} {raw[parent].get('kind')}" if parent in ("method", "objective") else parent or whole
         summary, allowed = f"{name} is not a setting of {kind}", ", ".join(known_settings)
         hint = _hint_for_unknown(key_path, known_settings)

@@ -1,7 +1,7 @@
 """The config of `rung synth`: data that a model writes, and the filters that it must pass.
 
-A file of its own, because it needs no training data: seeds, documents or a description of the task are enough. Its rows
-are a data file that `rung train` and `rung climb` read as it is.
+A file of its own, because a teacher needs no training data: seeds, documents or a description of the task are enough.
+Its rows are a data file that `rung train` and `rung climb` read as it is. `improve` trains, with the sections of a run.
 """
 
 from __future__ import annotations
@@ -9,11 +9,25 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from rung.config.base import MAX_SEED, Config, Fraction
+from rung.config.data import DataConfig
+from rung.config.evaluation import EvaluationConfig
 from rung.config.judge import JudgeConfig
+from rung.config.method import LoraConfig, MethodConfig
+from rung.config.model import ModelConfig
 from rung.config.objective import RewardSourceConfig
+from rung.config.run import RunConfig
+from rung.config.training import TrainingConfig
 
 
 class PriceConfig(Config):
@@ -195,19 +209,82 @@ class TeachConfig(Config):
             raise ValueError("a judge compares answers: set selection.samples to 2 or more")
 
 
-SynthConfig = TeachConfig
+class ImproveConfig(Config):
+    """A model learns from those of its own answers that a verifier accepts (Singh et al. 2023, ReST-EM).
+
+    Each round samples answers with the model of the round before and trains the base anew on the accepted ones.
+    """
+
+    kind: Literal["improve"] = "improve"
+    verifier: RewardSourceConfig = Field(default=...)
+    """What accepts an answer: a score above `threshold`."""
+    threshold: float = 0.0
+    """Score above which an answer is accepted; the scores of a reward run have a level of their own."""
+    start: str | None = None
+    """Run whose model answers in the first round; default: the base of `model`."""
+    rounds: PositiveInt = 3
+    """Rounds at most; a round whose gain on the validation split is not sure is the last."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Answers to each question."""
+    temperature: PositiveFloat = 0.7
+    """Sampling temperature."""
+    per_question: PositiveInt = 4
+    """Accepted answers of a question that are trained on at most: easy questions would outweigh others."""
+    hint: bool = False
+    """Ask a question without an accepted answer again with its expected answer shown, and train on what the model then
+    writes as if it had not been shown (Zelikman et al. 2022, STaR, section 3.3)."""
+    mix: bool = True
+    """Train on the answers of the data as well."""
+    pairs: bool = False
+    """Write pairs of accepted and other answers too, for preferences and reward models."""
 
 
 def _local_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-class SynthRunConfig(Config):
-    """Everything `rung synth` needs."""
+class TeachRunConfig(Config):
+    """Everything `rung synth teach` needs."""
 
-    synth: SynthConfig = Field(default=...)
+    synth: TeachConfig = Field(default=...)
     """What is written, by which model, and what a row must pass."""
     output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
     """Folder of the rows."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of the examples, the attributes and the sampling."""
+
+
+class ImproveRunConfig(Config):
+    """Everything `rung synth improve` needs: its rounds are runs, with the sections of a run."""
+
+    synth: ImproveConfig = Field(default=...)
+    """How answers are sampled, verified and kept."""
+    model: ModelConfig = ModelConfig()
+    """As in a run: the base that every round trains anew."""
+    data: DataConfig = Field(default=...)
+    """As in a run. Answers to its training rows are sampled; its test split measures the result."""
+    method: MethodConfig = LoraConfig()
+    """As in a run."""
+    training: TrainingConfig = TrainingConfig()
+    """As in a run."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """As in a run; `max_new_tokens`, `stop`, `context` and `limit` hold for sampled answers."""
+    output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
+    """Folder of the rounds."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """As in a run, and of the sampling."""
+
+    def run_config(self, output: str) -> RunConfig:
+        """The run of one round."""
+        names = ("model", "data", "method", "training", "evaluation", "seed")
+        return RunConfig(**{name: getattr(self, name) for name in names}, output=output)
+
+    def _check(self) -> None:
+        if self.data.validation == 0:
+            raise ValueError("rounds are compared on the validation split, and data.validation is 0")
+        if self.evaluation.context == "retrieved":
+            raise ValueError("improve retrieves no passages: evaluation.context is given or withheld")
+        self.run_config(self.output)
+
+
+SynthRunConfig = TeachRunConfig | ImproveRunConfig

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rung.commands.judge import judge_pairs
 from rung.config.judge import JudgeConfig
-from rung.config.objective import ModelRewardConfig
+from rung.config.objective import CodeRewardConfig, ModelRewardConfig, RewardSourceConfig
 from rung.config.synth import TeachConfig
+from rung.data.parsed_answer import ParsedAnswer
 from rung.data.tokenize import tokenize_records
-from rung.errors import ConfigError, PlanError
+from rung.errors import ConfigError, DataError, PlanError
 from rung.evaluation.judge import AnswerPair
 from rung.evaluation.reward_model import RewardScorer
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import JudgeAgreement
+from rung.runs.auxiliary_models import reward_row
 from rung.runs.load import open_reward_model
-from rung.scoring.verifiers import make_verifier, needs_expected_answer
-from rung.types import Message, Record, Source
+from rung.scoring.verifiers import make_verifier, needs_expected_answer, verify_all
+from rung.types import Message, Record
 
 
 class AnsweredQuestion(NamedTuple):
-    """A question with sampled answers, of which those that a filter left out are not among `answers`."""
+    """A row and sampled answers to its question."""
 
-    turns: tuple[Message, ...]
-    context: str | None
-    expected: str
-    """The answer of a seed; empty for a made question."""
+    record: Record
+    """The row; a made question has an empty answer."""
     answers: Sequence[str]
-    source: str
 
 
 ScoreAnswers = Callable[[Sequence[AnsweredQuestion]], list[list[float]]]
@@ -40,29 +40,46 @@ ScoreAnswers = Callable[[Sequence[AnsweredQuestion]], list[list[float]]]
 def answer_scorer(config: TeachConfig, trust: list[JudgeAgreement]) -> ScoreAnswers | None:
     """What scores answers; None without verifier and judge. The agreement of a judge goes into `trust`.
 
-    Raises `ConfigError` for a verifier that compares with expected answers where questions are made.
+    Raises `ConfigError` for a verifier that reads what made questions do not have.
     """
-    if config.selection.verifier is None:
-        return None if config.selection.judge is None else _judge_scorer(config.selection.judge, trust)
-    if isinstance(config.selection.verifier, ModelRewardConfig):
-        return _reward_scorer(Path(config.selection.verifier.run))
-    if config.questions == "made" and needs_expected_answer(config.selection.verifier):
-        summary = "this verifier compares with expected answers, and made questions have none"
+    verifier, judge = config.selection.verifier, config.selection.judge
+    if verifier is None:
+        return None if judge is None else _judge_scorer(judge, trust)
+    is_missing = isinstance(verifier, CodeRewardConfig) or (
+        not isinstance(verifier, ModelRewardConfig) and needs_expected_answer(verifier)
+    )
+    if config.questions == "made" and is_missing:
+        summary = "this verifier reads the answers or tests of rows, and made questions have none"
         hint = "take questions: seeds, a function, a pattern or a reward run"
-        raise ConfigError(summary, where="synth.selection.verifier", given=config.selection.verifier.kind, hint=hint)
-    verifier = make_verifier(config.selection.verifier)
+        raise ConfigError(summary, where="synth.selection.verifier", given=verifier.kind, hint=hint)
+    return verifier_scorer(verifier)
+
+
+def verifier_scorer(config: RewardSourceConfig) -> ScoreAnswers:
+    """Scores of a verifier or of a reward run."""
+    if isinstance(config, ModelRewardConfig):
+        return _reward_scorer(Path(config.run))
+    verifier = make_verifier(config)
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
-        return [[verifier(answer, _verifier_row(question)) for answer in question.answers] for question in questions]
+        texts = [answer for question in questions for answer in question.answers]
+        rows = [reward_row(q.record, ParsedAnswer(answer), None, None) for q in questions for answer in q.answers]
+        values = iter(verify_all(verifier, texts, rows))
+        return [[next(values) for _ in question.answers] for question in questions]
 
     return score
 
 
-def _verifier_row(question: AnsweredQuestion) -> dict[str, Any]:
-    """The row as `scoring.verifiers` describes it."""
-    texts = {"question": question.turns[-1].content, "expected": question.expected, "context": question.context}
-    missing = {"references": (), "task": None, "group": None, "reasoning": "", "expects_calls": False, "calls": None}
-    return {**texts, **missing, "source": question.source}
+def require_scorable(records: Sequence[Record], config: RewardSourceConfig) -> None:
+    """Raise `DataError` for a row without the answer or the tests that a verifier reads."""
+    if isinstance(config, ModelRewardConfig):
+        return
+    for record in records:
+        if isinstance(config, CodeRewardConfig) and record.tests is None:
+            raise DataError("this row has no tests to run an answer against", where=str(record.source))
+        if needs_expected_answer(config) and not record.answer:
+            summary = "this verifier compares with the expected answer, and this row has none"
+            raise DataError(summary, where=str(record.source), given=config.kind)
 
 
 def _reward_scorer(run: Path) -> ScoreAnswers:
@@ -72,7 +89,7 @@ def _reward_scorer(run: Path) -> ScoreAnswers:
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
         records = [
-            Record((*q.turns, Message("assistant", answer)), Source(q.source, 1), q.context)
+            replace(q.record, messages=(*q.record.messages[:-1], Message("assistant", answer)), candidates=())
             for q in questions
             for answer in q.answers
         ]
@@ -88,13 +105,11 @@ def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
         places = [(i, a, b) for i, q in enumerate(questions) for a, b in combinations(range(len(q.answers)), 2)]
+        records = [question.record for question in questions]
         pairs = [
             AnswerPair(
-                questions[i].turns[-1].content,
-                questions[i].answers[a],
-                questions[i].answers[b],
-                questions[i].source,
-                questions[i].context,
+                *(records[i].question, questions[i].answers[a], questions[i].answers[b]),
+                *(str(records[i].source), records[i].context),
             )
             for i, a, b in places
         ]

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rung.report.formatting import format_duration
-from rung.results import SynthResult
+from rung.console import add_text_row
+from rung.report.formatting import empty_table, format_duration, format_estimate, render_lines
+from rung.results import Estimate, ImproveResult, SynthResult
 
 PREVIEW_CHARACTERS = 300
 """Characters of a text that a preview shows."""
@@ -48,6 +49,35 @@ def preview_lines(rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[
         lines.append(f"left out {row['number']} by {row['filter']}: {row['reason']}")
         lines += [f"    {name}: {_shown(row[name])}" for name in ("question", "answers") if name in row]
     return [*lines, f"{len(rows):,} rows, {len(rejected):,} questions left out; nothing was written"]
+
+
+def improve_lines(result: ImproveResult) -> list[str]:
+    """A table of the rounds, and what the best one is worth on the test split."""
+    table = empty_table(
+        ["round", "rows", *(f"pass@{k}" for k in result.rounds[0].pass_at), "gain", "all right", "none"]
+    )
+    for r in result.rounds:
+        cells = [str(r.number), f"{r.rows:,}" if r.number else "\u2013", *map(format_estimate, r.pass_at.values())]
+        gain = "\u2013" if r.gain is None else format_estimate(r.gain, signed=True)
+        add_text_row(table, *cells, gain, f"{r.all_right:.0%}", f"{r.all_wrong:.0%}")
+    lines = render_lines(lambda console: [table])
+    lines.append(f"the validation split chose round {result.best}: {result.output} ({result.reason})")
+    if result.test is not None:
+        both = [Estimate(**result.test[name]["1"]) for name in ("start", "best")]
+        gain = format_estimate(Estimate(**result.test["gain"]), signed=True)
+        text = " to ".join(map(format_estimate, both))
+        lines.append(f"test, {result.test['questions']:,} questions: pass@1 from {text}, {gain}")
+    return lines
+
+
+def sampled_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people with sampled answers and what the verifier said of each."""
+    lines = []
+    for row in rows:
+        lines.append(f"question: {_shown(row['question'])}")
+        for answer, accepted in zip(row["answers"], row["accepted"], strict=True):
+            lines.append(f"    {'accepted' if accepted else 'not     '}  {_shown(answer)}")
+    return [*lines, "nothing was written"]
 
 
 def _shown(value: Any) -> str:

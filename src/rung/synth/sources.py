@@ -26,16 +26,32 @@ from rung.types import Message, Record, Source
 class Seed:
     """A row of the task."""
 
-    turns: tuple[Message, ...]
-    """Its turns before the answer."""
-    answer: str
-    context: str | None
-    source: str
+    record: Record
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Its turns before the answer."""
+        return self.record.messages[:-1]
 
     @property
     def question(self) -> str:
         """The last question."""
-        return next((turn.content for turn in reversed(self.turns) if turn.role == "user"), "")
+        return self.record.question
+
+    @property
+    def answer(self) -> str:
+        """The answer; empty where there is none."""
+        return self.record.answer
+
+    @property
+    def context(self) -> str | None:
+        """The context of the question."""
+        return self.record.context
+
+    @property
+    def source(self) -> str:
+        """File and line."""
+        return str(self.record.source)
 
     @property
     def worked_example(self) -> WorkedExample:
@@ -93,9 +109,13 @@ class TeachSources:
 
     def check_leak(self, turns: Sequence[Message], context: str | None) -> Rejection | None:
         """`leak`: the question, with its context, is one of the files that must not occur."""
-        question = Record((*turns, Message("assistant", "")), Source("row", 1), context)
-        source = self.never.get(tuple(prompt_words(question)))
+        source = self.never.get(tuple(prompt_words(made_record(turns, context, 0))))
         return None if source is None else Rejection("leak", f"it asks what {source} asks")
+
+
+def made_record(turns: Sequence[Message], context: str | None, number: int) -> Record:
+    """A question that was made, as a row without an answer."""
+    return Record((*turns, Message("assistant", "")), Source("made", number), context)
 
 
 def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
@@ -105,7 +125,7 @@ def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
             raise DataError("plain text has no question", where=str(record.source), hint="give rows with questions")
         if record.is_undesirable or record.is_excluded or (with_answers and not record.answer):
             continue
-        seeds.append(Seed(record.messages[:-1], record.answer, record.context, str(record.source)))
+        seeds.append(Seed(record))
     if not seeds:
         missing = "no row has an answer, and new rows are made after the example of whole ones"
         raise DataError(missing if with_answers else "there are no seeds", where=path)

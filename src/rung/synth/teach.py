@@ -1,379 +1,190 @@
-"""`rung synth teach`: a teacher writes questions and answers, and filters decide which rows are kept.
+"""`rung synth teach`: opens the teacher, runs the rounds, and writes rows, rejected rows and a manifest.
 
-Questions are tried in rounds: all requests of a round are asked at once, and its rows are among the examples of the
-next (Wang et al. 2023, Self-Instruct, algorithm of section 2.2). What a round asks depends on the seed and on the rows
-before it alone, and every reply is in the journal, so a command that is run again repeats the same rounds and asks only
-what is missing.
+Everything stands in one folder: `journal.jsonl` has every reply from the moment it arrived, `rows.jsonl` the rows,
+`rejected.jsonl` what was left out and why, `synth.json` the config, yield, cost and hashes. The same command continues
+after a stop, and a finished folder is not made again.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from rung.config.synth import TeachConfig
-from rung.errors import DataError
-from rung.inference.ask import Answer, AnswerModel, Conversation, Reply
-from rung.inference.journal import Journal
-from rung.models.generate import Sampling
-from rung.synth import requests
-from rung.synth.answer_scores import AnsweredQuestion, ScoreAnswers
-from rung.synth.filters import (
-    LanguageFilter,
-    NearDuplicateFilter,
-    NoveltyFilter,
-    Rejection,
-    check_answer_length,
-    check_grounded,
-    check_length,
-    check_refusal,
-)
-from rung.synth.requests import WorkedExample
+from rung.config.io import config_to_dict
+from rung.config.synth import TeachConfig, TeacherConfig, TeachRunConfig
+from rung.console import ProgressBar, print_status
+from rung.data.messages import message_to_json
+from rung.errors import CheckpointError
+from rung.files import SYNTH_FILE, cache_folder, write_text
+from rung.inference.ask import AnswerModel
+from rung.inference.journal import Journal, request_key
+from rung.inference.local_model import LocalModel
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
+from rung.results import JudgeAgreement, SynthCost, SynthResult
+from rung.runs.load import open_target, weight_fingerprints
+from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_scorable, require_usable_judge
+from rung.synth.filters import diversity
+from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
+from rung.training.run_folder import read_json, write_json
 from rung.types import Message
 
-QUESTIONS_PER_ROUND = 64
-"""Questions tried at once: a batch of answers for a model in this process, enough requests for a server."""
+ROWS_FILE, REJECTED_FILE, JOURNAL_FILE = "rows.jsonl", "rejected.jsonl", "journal.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A question that is tried, and what became of it."""
+def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
+    """Write the rows of a config into its output folder.
 
-    number: int
-    turns: tuple[Message, ...] = ()
-    """The question; of a dialogue all turns so far."""
-    context: str | None = None
-    label: str | None = None
-    attributes: dict[str, str] = field(default_factory=dict)
-    parents: tuple[str, ...] = ()
-    """Sources of the worked examples."""
-    expected: str = ""
-    """The answer of a seed, for a verifier."""
-    answers: tuple[str, ...] = ()
-    """Answers that passed the filters, best first once they are scored."""
-    scores: tuple[float, ...] = ()
-    rejection: Rejection | None = None
-
-    @property
-    def question(self) -> str:
-        """The last question."""
-        return next((turn.content for turn in reversed(self.turns) if turn.role == "user"), "")
+    A finished folder of the same config is returned as it is. Raises `CheckpointError` for a folder with rows of
+    another config unless `overwrite` is set, which keeps the journal: what was answered is not asked again.
+    """
+    folder = Path(config.output)
+    if (finished := _finished(folder, config)) is not None:
+        if finished["config"] == config_to_dict(config):
+            return SynthResult(**finished["result"])
+        if not overwrite:
+            hint = "name another output, or --overwrite: replies that are still asked for are kept in its journal"
+            raise CheckpointError("this folder holds rows of another config", where=str(folder), hint=hint)
+    parts = _open(config.synth)
+    with closing(Journal(folder / JOURNAL_FILE, parts.teacher.identity)) as journal:
+        teaching = _teach(config, parts, journal)
+        require_rows(teaching)
+        return _write(folder, config, teaching, parts)
 
 
-@dataclass(slots=True)
-class Cost:
-    """What the teacher was asked, over all attempts."""
-
-    requests: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    uncounted: int = 0
-    """Replies of a server that does not count tokens."""
-    seconds: float = 0.0
-    """Times of all requests together; of concurrent ones more than passed on the clock."""
-
-    def add(self, reply: Reply) -> None:
-        """Add a reply."""
-        self.requests += 1
-        self.prompt_tokens += reply.prompt_tokens or 0
-        self.answer_tokens += reply.answer_tokens or 0
-        self.uncounted += reply.answer_tokens is None
-        self.seconds += reply.seconds
+def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first rows and what was left out before them, without writing anything but replies into the cache."""
+    synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows)})
+    config = config.model_copy(update={"synth": synth})
+    parts = _open(synth)
+    identity = parts.teacher.identity
+    path = cache_folder() / "synth-previews" / f"{request_key(identity, config_to_dict(config))}.jsonl"
+    with closing(Journal(path, identity)) as journal:
+        teaching = _teach(config, parts, journal)
+    return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
 
 
-class Teaching:
-    """The rounds of one `rung synth teach`: kept rows, and the drafts that were left out."""
+def open_teacher(config: TeacherConfig) -> AnswerModel:
+    """The model that writes: behind a server, or opened here."""
+    if config.server is not None:
+        return Server(config.server, config.model, config.concurrency or DEFAULT_CONCURRENCY)
+    model = open_target(config.model)
+    return LocalModel(model.policy, model.chat, weight_fingerprints(config.model, model.policy), config.stop)
 
-    def __init__(
-        self,
-        config: TeachConfig,
-        sources: TeachSources,
-        teacher: AnswerModel,
-        score: ScoreAnswers | None,
-        journal: Journal,
-        seed: int,
-        on_round: Callable[[int, int], None],
-    ) -> None:
-        """`on_round` receives the numbers of kept rows and of tried questions after each round."""
-        self.config, self.sources, self.teacher, self.journal = config, sources, teacher, journal
-        self.seed, self.on_round = seed, on_round
-        self.kept: list[Draft] = []
-        self.rejected: list[Draft] = []
-        self.tried = self._round_start = 0
-        self.cost, self._score = Cost(), score
-        filters = config.filters
-        seeds = [seed.question for seed in sources.seeds]
-        is_new = filters.novelty is not None and config.questions == "made"
-        self._novelty = NoveltyFilter(filters.novelty, seeds) if is_new and filters.novelty is not None else None
-        has_duplicates = filters.near_duplicates is not None
-        self._duplicates = NearDuplicateFilter(filters.near_duplicates) if has_duplicates else None  # type: ignore[arg-type]
-        texts = [text for seed in sources.seeds for text in (seed.question, seed.answer)] or sources.passages
-        self._language = LanguageFilter(texts) if filters.language and texts else None
 
-    @property
-    def limit(self) -> int:
-        """Questions that are tried at most."""
-        if self.config.questions == "seeds":
-            return len(self.sources.seeds)
-        return self.config.attempts * self.config.rows
+class _Parts(NamedTuple):
+    """What a config names, read and opened."""
 
-    def run(self) -> None:
-        """Try questions until all rows are kept, or until the limit of attempts."""
-        rows = self.config.rows
-        while len(self.kept) < rows and self.tried < self.limit:
-            # no more than what the yield so far asks for
-            yielded = max(len(self.kept), 1) / self.tried if self.tried else 1.0
-            count = min(QUESTIONS_PER_ROUND, math.ceil((rows - len(self.kept)) / yielded), self.limit - self.tried)
-            numbers = range(self.tried, self.tried + count)
-            self._round_start, self.tried = numbers.start, numbers.stop
-            self._round(numbers)
-            self.on_round(len(self.kept), self.tried)
-        surplus = Rejection("surplus", "the rows that were asked for were complete")
-        self.rejected += [replace(draft, rejection=surplus) for draft in self.kept[rows:]]
-        del self.kept[rows:]
+    sources: TeachSources
+    score: ScoreAnswers | None
+    teacher: AnswerModel
+    trust: list[JudgeAgreement]
+    """Receives the agreement of a judge with people when it is first asked."""
 
-    def _round(self, numbers: range) -> None:
-        drafts = self._questions(numbers)
-        drafts = [self._filtered_question(draft) for draft in drafts]
-        for turn in range(self.config.makes.turns if self.config.makes.kind == "dialogues" else 1):
-            if turn:
-                drafts = self._next_questions(drafts)
-            drafts = self._answered(drafts)
-        for draft in self._scored(drafts):
-            last = self._finished(draft)
-            (self.kept if last.rejection is None else self.rejected).append(last)
 
-    def _ask(
-        self, drafts: Sequence[Draft], request: Callable[[Draft], Conversation], stage: int, samples: int = 1
-    ) -> Iterator[tuple[Draft, tuple[Answer, ...]]]:
-        """Each draft that is still in with the answers to its request; the others, and those that fail, without."""
-        asked = [draft for draft in drafts if draft.rejection is None]
-        settings = self.config.teacher
-        # a seed for each stage of each round: equal requests of two rounds are two samples
-        seed = int(np.random.SeedSequence([self.seed, stage, self._round_start]).generate_state(1)[0])
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, seed, samples)
-        conversations = [request(draft) for draft in asked]
-        # a failure is one more draft that is left out: asked again it might answer, and change all later rounds
-        options: Any = {"title": None, "keep_failures": True}
-        replies, failures = self.teacher.ask(conversations, sampling, self.journal, **options)
-        reasons = {asked[failure.index].number: failure.reason for failure in failures}
-        by_number = {draft.number: reply for draft, reply in zip(asked, replies, strict=True)}
-        self.cost.failed += len(failures)
-        for draft in drafts:
-            reply = by_number.get(draft.number)
-            if reply is not None:
-                self.cost.add(reply)
-                yield draft, reply.answers
-            elif draft.rejection is None:
-                reason = reasons.get(draft.number, "no answer")
-                yield replace(draft, rejection=Rejection("failed", reason)), ()
-            else:
-                yield draft, ()
+def _open(config: TeachConfig) -> _Parts:
+    """Everything that can be refused, in the order of its cost, before a folder is made."""
+    require_usable_judge(config)
+    sources, trust = TeachSources.read(config), list[JudgeAgreement]()
+    if config.selection.verifier is not None and config.questions == "seeds":
+        require_scorable([seed.record for seed in sources.seeds], config.selection.verifier)
+    score = answer_scorer(config, trust)
+    return _Parts(sources, score, open_teacher(config.teacher), trust)
 
-    def _questions(self, numbers: range) -> list[Draft]:
-        """The questions of a round: those of seeds, or new ones."""
-        if self.config.questions == "seeds":
-            return [self._seed_draft(number) for number in numbers]
-        plans = {number: self._plan(number) for number in numbers}
-        drafts = []
-        for draft, answers in self._ask([d for d, _ in plans.values()], lambda d: plans[d.number][1], 0):
-            text = answers[0].text.strip() if answers else ""
-            cut = (
-                Rejection("cut", "the question was cut at max_new_tokens")
-                if answers and not answers[0].stopped
-                else None
-            )
-            empty = Rejection("empty", "the question has no text") if answers and not text else None
-            drafts.append(replace(draft, turns=(Message("user", text),), rejection=draft.rejection or cut or empty))
-        return drafts
 
-    def _seed_draft(self, number: int) -> Draft:
-        seed = self.sources.seeds[number]
-        return Draft(number, seed.turns, seed.context, expected=seed.answer, parents=(seed.source,))
+def _finished(folder: Path, config: TeachRunConfig) -> dict[str, Any] | None:
+    """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
+    if (folder / SYNTH_FILE).exists():
+        return read_json(folder / SYNTH_FILE)
+    if folder.exists() and any(p.name not in (JOURNAL_FILE, f".{JOURNAL_FILE}.lock") for p in folder.iterdir()):
+        summary = "this is a file" if folder.is_file() else "this folder holds something else"
+        raise CheckpointError(summary, where=str(folder), hint="name another output=...")
+    return None
 
-    def _plan(self, number: int) -> tuple[Draft, Conversation]:
-        """What is drawn for a new question: examples, a passage, a label and attributes; and its request."""
-        chance = np.random.default_rng([self.seed, number])
-        config = self.config
-        attributes = {name: str(chance.choice(values)) for name, values in config.attributes.items()}
-        label = None
-        if config.makes.kind == "labels":
-            labels = self.sources.labels
-            label = labels[number % len(labels)]  # in turn, so that all labels get as many
-        examples = self._examples(chance, label)
-        parents = tuple(example.source for example in examples)
-        if label is not None:
-            draft = Draft(number, label=label, attributes=attributes, parents=parents)
-            return draft, requests.text_request(config.task, examples, label, attributes)
-        passages = self.sources.passages
-        passage = passages[int(self.sources.passage_order(self.seed)[number % len(passages)])] if passages else None
-        draft = Draft(number, context=passage, attributes=attributes, parents=parents)
-        return draft, requests.question_request(config.task, examples, passage, attributes)
 
-    def _examples(self, chance: np.random.Generator, label: str | None) -> list[WorkedExample]:
-        """Seeds and rows that were made before, at random, the order mixed."""
-        seeds = [s.worked_example for s in self.sources.seeds if label is None or s.answer == label]
-        made = [self._worked_example(draft) for draft in self.kept if label is None or draft.label == label]
-        drawn = [*_sample(chance, seeds, self.config.examples.seeds), *_sample(chance, made, self.config.examples.made)]
-        if self.sources.passages:
-            drawn = [example for example in drawn if example.context]  # without a text the form would be another
-        return [drawn[i] for i in chance.permutation(len(drawn))]
+def _teach(config: TeachRunConfig, parts: _Parts, journal: Journal) -> Teaching:
+    """Run the rounds with a bar of kept rows and their yield."""
+    if known := len(journal.results):
+        print_status(f"going on with {known:,} replies, kept in {journal.path}")
+    with ProgressBar("teach", config.synth.rows) as bar:
 
-    def _worked_example(self, draft: Draft) -> WorkedExample:
-        answer = draft.label or draft.answers[0]
-        return WorkedExample(draft.turns[0].content, answer, draft.context, answer, f"row {draft.number}")
+        def show(kept: int, tried: int) -> None:
+            bar.advance(min(kept, config.synth.rows) - bar.done, kept=f"{kept / tried:.0%} of {tried:,} questions")
 
-    def _filtered_question(self, draft: Draft) -> Draft:
-        """The draft with the first filter that its question does not pass; a question that passes is remembered."""
+        teaching = Teaching(config.synth, parts.sources, parts.teacher, parts.score, journal, config.seed, show)
+        teaching.run()
+    return teaching
+
+
+def rows_of(drafts: Iterable[Draft], config: TeachConfig) -> Iterable[dict[str, Any]]:
+    """Rows in formats that `rung train` reads, each with the column `made`, which says how it was made."""
+    for draft in drafts:
+        made: dict[str, Any] = {"number": draft.number, "parents": list(draft.parents)}
+        made |= {"attributes": draft.attributes} if draft.attributes else {}
+        made |= {"scores": list(draft.scores)} if draft.scores else {}
+        yield {**_columns(draft, config), "made": made}
+
+
+def _columns(draft: Draft, config: TeachConfig) -> dict[str, Any]:
+    context = {} if draft.context is None else {"context": draft.context}
+    answer = draft.answers[0]
+    if config.makes.kind == "preferences":
+        return {"prompt": _prompt(draft.turns), **context, "chosen": answer, "rejected": draft.answers[-1]}
+    if len(draft.turns) > 1:
+        turns = (*draft.turns, Message("assistant", answer))
+        return {**context, "messages": [message_to_json(turn) for turn in turns]}
+    return {"question": draft.turns[0].content, **context, "answer": answer}
+
+
+def _prompt(turns: Sequence[Message]) -> Any:
+    return turns[0].content if len(turns) == 1 else [message_to_json(turn) for turn in turns]
+
+
+def rejected_rows(drafts: Iterable[Draft]) -> Iterable[dict[str, Any]]:
+    """What was left out, with the filter and its reason."""
+    for draft in drafts:
         if draft.rejection is not None:
-            return draft
-        rejection = self.sources.check_leak(draft.turns, draft.context)
-        if self.config.questions == "seeds" or rejection is not None:
-            return replace(draft, rejection=rejection)
-        rejection = check_length(draft.question, self.config.filters)
-        if rejection is None and self._language is not None:
-            rejection = self._language.check(draft.question)
-        if rejection is None and self._novelty is not None:
-            rejection = self._novelty.check(draft.question)
-            if rejection is None:
-                self._novelty.add(draft.question)
-        return replace(draft, rejection=rejection)
-
-    def _next_questions(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """Dialogues with the answer that was just given and the next question."""
-        spoken = [
-            replace(d, turns=(*d.turns, Message("assistant", d.answers[0])), answers=()) if d.answers else d
-            for d in drafts
-        ]
-        task = self.config.task
-        stage = 10 * len(max((d.turns for d in spoken), key=len, default=()))
-        asked = self._ask(spoken, lambda d: requests.next_question_request(task, d.turns, d.context), stage)
-        result = []
-        for draft, answers in asked:
-            if not answers:
-                result.append(draft)
-                continue
-            text = answers[0].text.strip()
-            rejection = _incomplete("question", text, answers[0].stopped)
-            turns = (*draft.turns, Message("user", text))
-            rejection = rejection or self.sources.check_leak(turns[-1:], draft.context)
-            rejection = rejection or check_length(text, self.config.filters)
-            result.append(replace(draft, turns=turns, rejection=rejection))
-        return result
-
-    def _answered(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """Drafts with the answers that pass the filters of answers."""
-        if self.config.makes.kind == "labels":
-            return [replace(d, answers=(d.label,)) if d.label and d.rejection is None else d for d in drafts]
-        explain = self.config.makes.kind == "explanations"
-        shots = self.sources.answer_examples(self.config) if self.config.questions == "made" else {}
-
-        def request(draft: Draft) -> Conversation:
-            examples = [shots[source] for source in draft.parents if source in shots]
-            turns, task = draft.turns, self.config.task
-            return requests.answer_request(task, examples, turns, draft.context, explain=explain)
-
-        stage = 1 + 10 * len(max((d.turns for d in drafts), key=len, default=()))
-        asked = self._ask(drafts, request, stage, self.config.samples_per_question)
-        return [self._filtered_answers(draft, answers) for draft, answers in asked]
-
-    def _filtered_answers(self, draft: Draft, answers: Sequence[Answer]) -> Draft:
-        if not answers:
-            return draft
-        rejections = [self._answer_rejection(draft, answer) for answer in answers]
-        passing = tuple(a.text.strip() for a, reason in zip(answers, rejections, strict=True) if reason is None)
-        # distinct: an answer is not better than itself
-        passing = tuple(dict.fromkeys(passing))
-        if len(passing) < (2 if self.config.makes.kind == "preferences" else 1):
-            first = next((reason for reason in rejections if reason is not None), None)
-            return replace(draft, rejection=first or Rejection("tie", "all answers are the same"))
-        return replace(draft, answers=passing)
-
-    def _answer_rejection(self, draft: Draft, answer: Answer) -> Rejection | None:
-        text, filters = answer.text.strip(), self.config.filters
-        if (incomplete := _incomplete("answer", text, answer.stopped)) is not None:
-            return incomplete
-        if self.config.makes.kind == "explanations" and requests.final_answer(text) is None:
-            return Rejection("form", f"no line begins with {requests.ANSWER_LINE}")
-        rejection = check_answer_length(text, filters)
-        if rejection is None and filters.refusals and not self.sources.seeds_refuse:
-            rejection = check_refusal(text)
-        if rejection is None and self._language is not None:
-            rejection = self._language.check(text)
-        if rejection is None and filters.grounded and draft.context and self.sources.passages:
-            rejection = check_grounded(text, draft.context)
-        return rejection
-
-    def _scored(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """Drafts with their answers sorted by score, best first."""
-        open_drafts = [d for d in drafts if d.rejection is None]
-        if self._score is None or not open_drafts:
-            return list(drafts)
-        explains = self.config.makes.kind == "explanations"
-        questions = [
-            AnsweredQuestion(
-                d.turns,
-                d.context,
-                d.expected,
-                [(requests.final_answer(a) or a) if explains else a for a in d.answers],
-                f"row {d.number}",
-            )
-            for d in open_drafts
-        ]
-        scores = dict(zip((d.number for d in open_drafts), self._score(questions), strict=True))
-        return [self._best_first(d, scores[d.number]) if d.rejection is None else d for d in drafts]
-
-    def _best_first(self, draft: Draft, scores: Sequence[float]) -> Draft:
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first sample
-        best, worst = scores[order[0]], scores[order[-1]]
-        rejection = None
-        if (
-            self.config.selection.verifier is not None
-            and self.config.selection.verifier.kind != "model"
-            and best <= 0.0
-        ):
-            rejection = Rejection("verifier", f"no answer is accepted, the best scores {best:g}")
-        if self.config.makes.kind == "preferences" and best == worst:
-            rejection = Rejection("tie", f"all answers score {best:g}")
-        ordered, values = tuple(draft.answers[i] for i in order), tuple(scores[i] for i in order)
-        return replace(draft, answers=ordered, scores=values, rejection=rejection)
-
-    def _finished(self, draft: Draft) -> Draft:
-        """The draft after the filter of near duplicates, which reads question and answer."""
-        if draft.rejection is not None or self._duplicates is None:
-            return draft
-        text = "\n".join([*(turn.content for turn in draft.turns), draft.answers[0]])
-        rejection = self._duplicates.check(text)
-        if rejection is None:
-            self._duplicates.add(text)
-        return replace(draft, rejection=rejection)
-
-    def rejections(self) -> Counter[str]:
-        """Number of drafts that each filter left out."""
-        return Counter(draft.rejection.filter for draft in self.rejected if draft.rejection is not None)
+            row: dict[str, Any] = {"number": draft.number, **asdict(draft.rejection)}
+            row |= {"question": draft.question, "context": draft.context, "answers": list(draft.answers)}
+            yield {name: value for name, value in row.items() if value not in (None, "", [])}
 
 
-def _incomplete(name: str, text: str, stopped: bool) -> Rejection | None:
-    """`cut` and `empty`: a text that reached the limit of tokens, or that holds nothing."""
-    if not stopped:
-        return Rejection("cut", f"the {name} was cut at max_new_tokens")
-    return None if text else Rejection("empty", f"the {name} has no text")
+def _write(folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Parts) -> SynthResult:
+    rows, rejected = list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
+    for name, lines in ((ROWS_FILE, rows), (REJECTED_FILE, rejected)):
+        write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    result = SynthResult(
+        output=str(folder / ROWS_FILE),
+        rows=len(rows),
+        wanted=config.synth.rows,
+        tried=teaching.tried,
+        rejected=dict(teaching.rejections().most_common()),
+        cost=_cost(teaching, config.synth.teacher),
+        **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
+        judge=parts.trust[0] if parts.trust else None,
+    )
+    digest = hashlib.sha256((folder / ROWS_FILE).read_bytes()).hexdigest()
+    facts = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
+    manifest = {"config": config_to_dict(config), **facts, "sha256": digest, "result": result.to_json()}
+    write_json(folder / SYNTH_FILE, manifest)  # last: it says that all is there
+    return result
 
 
-def _sample(chance: np.random.Generator, items: Sequence[Any], count: int) -> list[Any]:
-    return [items[i] for i in chance.permutation(len(items))[:count]]
+def _cost(teaching: Teaching, config: TeacherConfig) -> SynthCost:
+    cost = teaching.cost
+    money = None
+    if config.price is not None and not cost.uncounted:
+        money = (cost.prompt_tokens * config.price.prompt + cost.answer_tokens * config.price.answer) / 1e6
+    return SynthCost(**{**asdict(cost), "seconds": round(cost.seconds, 1)}, money=money)
 
 
-def require_rows(teaching: Teaching) -> None:
-    """Raise `DataError` where no row was kept."""
-    if not teaching.kept:
-        counts = ", ".join(f"{name}: {count:,}" for name, count in teaching.rejections().most_common())
-        hint = "look at rejected.jsonl, or at rung synth teach --preview 5"
-        raise DataError(f"none of {teaching.tried:,} questions became a row", given=counts, hint=hint)
+def _diversities(seeds: Sequence[str], questions: Sequence[str]) -> dict[str, Any]:
+    """Diversity of seeds and rows, over equally many: the measure falls with the number of texts."""
+    count = min(len(seeds), len(questions)) or len(questions)
+    values = {"diversity": diversity(questions[:count]), "compared_questions": count}
+    return {**values, "diversity_of_seeds": diversity(seeds[:count])} if seeds else values
