@@ -20,8 +20,9 @@ from zygote import Zygote
 CONCURRENCY = 3
 
 
-@pytest.fixture
-def zygote(tmp_path: Path) -> Iterator[Zygote]:
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    tmp_path = tmp_path_factory.mktemp("zygote")
     modules = ("rung.synth.run", "rung.synth.lines", "openai", "datasketch", "rouge_score.rouge_scorer")
     found = Zygote(tmp_path / "zygote.log", preload=modules, RUNG_CACHE=str(tmp_path / "cache"))
     yield found
@@ -48,10 +49,12 @@ def sweep(zygote: Zygote, local: Local, folder: Path, kills: int) -> list[int]:
     """Kill as many commands at random moments and run each again; how many replies each had when it was killed."""
     local.rule(teach=True, slow=0.02)
     config = teach_config(local, folder, 20)
-    started = time.monotonic()
+    assert zygote.run("synth", "teach", config, f"output={folder / 'first'}") == 0, zygote.log.read_text()
+    before, started = answered(local), time.monotonic()
     assert zygote.run("synth", "teach", config) == 0, zygote.log.read_text()
     took, expected = time.monotonic() - started, (folder / "whole" / "rows.jsonl").read_bytes()
-    rejected, needed = (folder / "whole" / "rejected.jsonl").read_bytes(), len(local.requests())
+    rejected = (folder / "whole" / "rejected.jsonl").read_bytes()
+    needed = (answered(local) - before).total()
     kept, chance = [], np.random.default_rng(5)
     for number in range(kills):
         output, before = folder / f"killed-{number}", answered(local)
