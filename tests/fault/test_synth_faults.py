@@ -84,6 +84,10 @@ def test_killed_at_fifty_random_moments(zygote: Zygote, local: Local, tmp_path: 
     assert sum(count > 0 for count in sweep(zygote, local, tmp_path, 50)) > 20
 
 
+MARKS = ("round-0/round.json", "round-1/rows.jsonl", "round-1/run/run.json", "round-1/round.json", "test.json")
+"""Files that `improve` writes, one after the other."""
+
+
 def sweep_improve(zygote: Zygote, config: Path, folder: Path, kills: int) -> set[str]:
     """Kill as many commands of `improve` at random moments and run each again; the stages in which they were killed."""
     reward = folder / "reward.py"
@@ -103,12 +107,10 @@ def sweep_improve(zygote: Zygote, config: Path, folder: Path, kills: int) -> set
     for number in range(kills):
         output = folder / f"killed-{number}"
         child = zygote.start("synth", "improve", config, f"output={output}")
-        time.sleep(chance.uniform() * took)
+        time.sleep((number + chance.uniform()) / kills * took)  # early and late ones
         os.kill(child, signal.SIGKILL)
         zygote.wait(child)
-        reached = [
-            name for name in ("round-0/round.json", "round-1/rows.jsonl", "test.json") if (output / name).exists()
-        ]
+        reached = [mark for mark in MARKS if (output / mark).exists()]
         stages.add(reached[-1] if reached else "nothing")
         took *= 0.9 if "test.json" in reached else 1.02
         assert zygote.run("synth", "improve", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
