@@ -102,6 +102,15 @@ def test_a_folder_of_another_config(teach: Path, local: Local, tmp_path: Path, c
     code, _, err = inside(capsys, "synth", "teach", teach, "synth.filters.refusals=false", "--overwrite")
     assert code == 0 and any(r["answer"].startswith("I'm sorry") for r in lines(tmp_path / "made" / "rows.jsonl")), err
     assert len(local.requests()) - before < before / 2
+    # changed seeds are noticed, and so is a command that was stopped while it wrote
+    (tmp_path / "made" / "synth.json").unlink()
+    (tmp_path / "made" / ".rows.jsonl.writing-1").write_text("{")
+    assert inside(capsys, "synth", "teach", teach, "synth.filters.refusals=false")[0] == 0
+    assert not (tmp_path / "made" / ".rows.jsonl.writing-1").exists()
+    with (tmp_path / "seeds.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "Who ate the plums?", "answer": "A mouse did."}) + "\n")
+    code, _, err = inside(capsys, "synth", "teach", teach, "synth.filters.refusals=false")
+    assert code == 3 and "rows of other seeds or documents" in err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     code, _, err = inside(capsys, "synth", "teach", teach, f"output={tmp_path / 'other'}", "--overwrite")

@@ -26,7 +26,7 @@ from rung.data.messages import message_to_json
 from rung.data.records import Records, distinct_conversations
 from rung.errors import CheckpointError, DataError
 from rung.evaluation.prompting import PromptFormat
-from rung.files import SYNTH_FILE, is_run_folder, write_text
+from rung.files import SYNTH_FILE, is_run_folder, lock_file, recover_interrupted_writes, write_text
 from rung.inference.ask import Conversation
 from rung.inference.journal import Journal
 from rung.inference.local_model import LocalModel
@@ -46,7 +46,7 @@ from rung.runs.teacher import tokenize_run
 from rung.runs.train import StartMode, train_on_data
 from rung.scoring.stats import paired_difference, pass_at_k, score_interval
 from rung.synth.answer_scores import AnsweredQuestion, ScoreAnswers, require_scorable, verifier_scorer
-from rung.training.run_folder import read_json, read_manifest, write_json
+from rung.training.run_folder import LOCK_FILE, LOCK_FILES, read_json, read_manifest, write_json
 from rung.types import Message, Record
 
 HINT = "The answer is: {answer}\n\nExplain how one gets there, and end with the answer."
@@ -267,19 +267,24 @@ def improve(config: ImproveRunConfig) -> ImproveResult:
 
     Raises `CheckpointError` for a folder of another config.
     """
-    folder = Path(config.output)
-    settings = config_to_dict(config)
-    if folder.exists() and any(folder.iterdir()):
+    folder, improvement = Path(config.output), Improvement(config)
+    about = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
+    if folder.exists() and any(p.name not in LOCK_FILES for p in folder.iterdir()):
         manifest = read_json(folder / SYNTH_FILE) if (folder / SYNTH_FILE).exists() else {}
-        if manifest.get("config") != settings:
-            what = "another config" if manifest else "something else"
+        if changed := [name for name, value in about.items() if manifest.get(name) != value]:
+            what = f"rounds of another {' and other '.join(changed)}" if manifest else "something else"
             raise CheckpointError(f"this folder holds {what}", where=str(folder), hint="name another output=...")
         if "result" in manifest:
             return ImproveResult(**manifest["result"])
-    improvement = Improvement(config)
-    write_json(folder / SYNTH_FILE, {"config": settings})
-    result = improvement.run()
-    write_json(folder / SYNTH_FILE, {"config": settings, "result": result.to_json()})
+    lock = lock_file(folder / LOCK_FILE)
+    try:
+        for place in (folder, *folder.glob("round-*")):
+            recover_interrupted_writes(place)
+        write_json(folder / SYNTH_FILE, about)
+        result = improvement.run()
+        write_json(folder / SYNTH_FILE, {**about, "result": result.to_json()})
+    finally:
+        lock.remove()
     return result
 
 

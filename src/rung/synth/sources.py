@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +93,13 @@ class TeachSources:
                 hint = "take the row out of the seeds: they stand before the teacher's requests"
                 raise DataError("a seed asks what synth.never names", where=seed.source, given=leak.reason, hint=hint)
         return sources
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that requests are made of, and of what must not occur."""
+        seeds = [[[asdict(turn) for turn in seed.record.messages], seed.context] for seed in self.seeds]
+        content = [seeds, list(self.passages), list(self.labels), sorted(map(list, self.never))]
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def passage_order(self, seed: int) -> NDArray[np.int64]:
         """The order in which passages are asked about: each once before any is asked about again."""

@@ -20,7 +20,7 @@ from rung.config.synth import TeachConfig, TeacherConfig, TeachRunConfig
 from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
 from rung.errors import CheckpointError
-from rung.files import SYNTH_FILE, cache_folder, write_text
+from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_text
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
@@ -44,14 +44,18 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
     another config unless `overwrite` is set, which keeps the journal: what was answered is not asked again.
     """
     folder = Path(config.output)
-    if (finished := _finished(folder, config)) is not None:
-        if finished["config"] == config_to_dict(config):
+    finished, sources = _finished(folder), _checked_sources(config.synth)
+    if finished is not None:
+        is_same = [finished["config"] == config_to_dict(config), finished["sources"] == sources.fingerprint]
+        if all(is_same):
             return SynthResult(**finished["result"])
         if not overwrite:
+            what = "other seeds or documents" if is_same[0] else "another config"
             hint = "name another output, or --overwrite: replies that are still asked for are kept in its journal"
-            raise CheckpointError("this folder holds rows of another config", where=str(folder), hint=hint)
-    parts = _open(config.synth)
+            raise CheckpointError(f"this folder holds rows of {what}", where=str(folder), hint=hint)
+    parts = _open(config.synth, sources)
     with closing(Journal(folder / JOURNAL_FILE, parts.teacher.identity)) as journal:
+        recover_interrupted_writes(folder)  # under the lock of the journal
         teaching = _teach(config, parts, journal)
         require_rows(teaching)
         return _write(folder, config, teaching, parts)
@@ -61,7 +65,7 @@ def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], li
     """The first rows and what was left out before them, without writing anything but replies into the cache."""
     synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows)})
     config = config.model_copy(update={"synth": synth})
-    parts = _open(synth)
+    parts = _open(synth, _checked_sources(synth))
     identity = parts.teacher.identity
     path = cache_folder() / "synth-previews" / f"{request_key(identity, config_to_dict(config))}.jsonl"
     with closing(Journal(path, identity)) as journal:
@@ -87,21 +91,28 @@ class _Parts(NamedTuple):
     """Receives the agreement of a judge with people when it is first asked."""
 
 
-def _open(config: TeachConfig) -> _Parts:
-    """Everything that can be refused, in the order of its cost, before a folder is made."""
+def _checked_sources(config: TeachConfig) -> TeachSources:
+    """What needs no model, read and checked."""
     require_usable_judge(config)
-    sources, trust = TeachSources.read(config), list[JudgeAgreement]()
+    sources = TeachSources.read(config)
     if config.selection.verifier is not None and config.questions == "seeds":
         require_scorable([seed.record for seed in sources.seeds], config.selection.verifier)
+    return sources
+
+
+def _open(config: TeachConfig, sources: TeachSources) -> _Parts:
+    """The models of a config, opened before a folder is made."""
+    trust = list[JudgeAgreement]()
     score = answer_scorer(config, trust)
     return _Parts(sources, score, open_teacher(config.teacher), trust)
 
 
-def _finished(folder: Path, config: TeachRunConfig) -> dict[str, Any] | None:
+def _finished(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
     if (folder / SYNTH_FILE).exists():
         return read_json(folder / SYNTH_FILE)
-    if folder.exists() and any(p.name not in (JOURNAL_FILE, f".{JOURNAL_FILE}.lock") for p in folder.iterdir()):
+    # with a journal: a command that was stopped, whatever it had written
+    if folder.exists() and not (folder / JOURNAL_FILE).exists() and (folder.is_file() or any(folder.iterdir())):
         summary = "this is a file" if folder.is_file() else "this folder holds something else"
         raise CheckpointError(summary, where=str(folder), hint="name another output=...")
     return None
@@ -170,7 +181,8 @@ def _write(folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Par
     )
     digest = hashlib.sha256((folder / ROWS_FILE).read_bytes()).hexdigest()
     facts = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
-    manifest = {"config": config_to_dict(config), **facts, "sha256": digest, "result": result.to_json()}
+    facts |= {"sources": parts.sources.fingerprint, "sha256": digest}
+    manifest = {"config": config_to_dict(config), **facts, "result": result.to_json()}
     write_json(folder / SYNTH_FILE, manifest)  # last: it says that all is there
     return result
 
