@@ -59,6 +59,8 @@ def test_rows_that_train(teach: Path, local: Local, config: Path, tmp_path: Path
     assert cost["requests"] == len(asked) and cost["failed"] == cost["uncounted"] == 0
     assert cost["money"] == pytest.approx((2 * cost["prompt_tokens"] + 10 * cost["answer_tokens"]) / 1e6)
     assert cost["answer_tokens"] == 9 * len(asked)
+    page = (tmp_path / "made" / "report.html").read_text()
+    assert "12 rows of" in page and "Left out: refusals" in page and rows[0]["question"] in page
     # examples stand before each request, and later rounds have rows that were made before
     assert len(asked[0]["asked"]["messages"]) == 2 + 2 * 4
     assert any(parent.startswith("row ") for row in rows for parent in row["made"]["parents"])

@@ -70,6 +70,8 @@ def test_rounds_that_improve(improve: Path, tmp_path: Path, capsys: Any) -> None
     originals = trained["data"]["splits"]["train"]["rows"] - len(rows)  # the rows of the data are learned too
     assert originals > 40
     assert trained["config"]["model"]["name"] == json.loads(json.dumps(str(load_synth_config(improve).model.name)))
+    page = (run / "report.html").read_text()
+    assert "pass@4" in page and "chosen" in page and result["reason"] in page
     # finished: nothing is sampled or trained again
     stamp = (run / "round-1" / "run" / "run.json").stat().st_mtime_ns
     code, out, err = inside(capsys, "synth", "improve", improve)

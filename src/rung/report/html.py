@@ -46,18 +46,19 @@ def render_page(source: ReportSource) -> str:
     """The page as HTML text."""
     parts: dict[str, Any] = {section.__name__: section(source) for section in SECTIONS}
     parts |= {"title": source.path.resolve().name, "source": source, "first": FIRST_ITEMS, "each": ITEMS_PER_FILTER}
-    return _template().render(browser=browse_answers(source.rungs, source.metrics), **parts)
+    return page_template("template.html").render(browser=browse_answers(source.rungs, source.metrics), **parts)
 
 
 @cache
-def _template() -> Template:
+def page_template(name: str) -> Template:
+    """A template of this folder, in which all values are escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     # StrictUndefined: a misspelled name in the template raises, instead of leaving a gap in the page
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=html_text)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["minus"] = _typeset_minus
     environment.filters["present"] = _without_missing
-    return environment.get_template("template.html")
+    return environment.get_template(name)
 
 
 def html_text(value: Any) -> Any:

@@ -31,6 +31,7 @@ from rung.inference.ask import Conversation
 from rung.inference.journal import Journal
 from rung.inference.local_model import LocalModel
 from rung.models.generate import Sampling
+from rung.report.synth import write_improve_page
 from rung.results import ImproveResult, ImproveRound
 from rung.runs.dataset import read_splits, with_contexts
 from rung.runs.load import (
@@ -268,7 +269,7 @@ def improve(config: ImproveRunConfig) -> ImproveResult:
     Raises `CheckpointError` for a folder of another config.
     """
     folder, improvement = Path(config.output), Improvement(config)
-    about = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
+    about: dict[str, Any] = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
     if folder.exists() and any(p.name not in LOCK_FILES for p in folder.iterdir()):
         manifest = read_json(folder / SYNTH_FILE) if (folder / SYNTH_FILE).exists() else {}
         if changed := [name for name, value in about.items() if manifest.get(name) != value]:
@@ -282,6 +283,7 @@ def improve(config: ImproveRunConfig) -> ImproveResult:
             recover_interrupted_writes(place)
         write_json(folder / SYNTH_FILE, about)
         result = improvement.run()
+        write_improve_page(folder, result, about["config"])
         write_json(folder / SYNTH_FILE, {**about, "result": result.to_json()})
     finally:
         lock.remove()

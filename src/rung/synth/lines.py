@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rung.console import add_text_row
@@ -33,6 +34,7 @@ def synth_lines(result: SynthResult) -> list[str]:
     lines.append(f"cost: {cost.requests:,} requests, {tokens}, {format_duration(cost.seconds)} of answering{money}")
     if cost.failed:
         lines.append(f"{cost.failed:,} requests failed for good")
+    lines.append(f"report  {Path(result.output).parent / 'report.html'}")
     if result.judge is not None:
         trusted = "trusted" if result.judge.trusted else "NOT TRUSTED"
         lines.append(f"judge: {trusted}, {result.judge.reason}")

@@ -25,6 +25,7 @@ from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
+from rung.report.synth import write_teach_page
 from rung.results import JudgeAgreement, SynthCost, SynthResult
 from rung.runs.load import open_target, weight_fingerprints
 from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_scorable, require_usable_judge
@@ -182,7 +183,9 @@ def _write(folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Par
     digest = hashlib.sha256((folder / ROWS_FILE).read_bytes()).hexdigest()
     facts = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
     facts |= {"sources": parts.sources.fingerprint, "sha256": digest}
-    manifest = {"config": config_to_dict(config), **facts, "result": result.to_json()}
+    settings = config_to_dict(config)
+    manifest = {"config": settings, **facts, "result": result.to_json()}
+    write_teach_page(folder, result, settings, rows, rejected)
     write_json(folder / SYNTH_FILE, manifest)  # last: it says that all is there
     return result
 
