@@ -23,6 +23,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+GEMMA = (
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
+    "+ m['content'] + '<end_of_turn>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 SPECIAL = (
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<|eom_id|>", "<start_of_turn>", "<end_of_turn>"),
@@ -50,24 +55,29 @@ def _on_the_test_device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 320 tokens, trained here: pad 0, bos 1, eos 2, a ChatML template whose stop is not the eos."""
+def byte_level_tokenizer(tokens: int, template: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many tokens, trained here: pad 0, bos 1, eos 2."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=tokens,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(TEXT * 5, trainer)
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, **special)
-    assert len(tokenizer) == 320
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+    assert len(tokenizer) == tokens
     assert tokenizer.decode(tokenizer("naïve 🙂")["input_ids"]) == "naïve 🙂"
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """320 tokens, a ChatML template whose stop is not the eos."""
+    return byte_level_tokenizer(320, CHATML)
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +106,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrain
     folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
     tiny_model(max_position_embeddings=512).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another base than the tiny one: a qwen2 with more tokens, another template and a model card."""
+    from models import tiny_model
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny-qwen"
+    tiny_model("qwen2", vocab_size=340, max_position_embeddings=384).save_pretrained(folder)
+    byte_level_tokenizer(340, GEMMA).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny model\n")
     return folder
 
 

@@ -612,6 +612,8 @@ class LadderRow(Result):
 
     rung: str = ""
     kind: str = ""
+    model: str = ""
+    """The base, where the ladder has several."""
     sees: str = ""
     """Content of the prompt besides the question."""
     cut_off: float = 0.0
@@ -635,6 +637,23 @@ class LadderRow(Result):
     """System turn of an untuned rung."""
     instructions: tuple[InstructionResult, ...] = ()
     """The candidates with their scores on the validation split, on the rung that chose the instruction."""
+
+
+class LadderModel(Result):
+    """One base of a ladder that has several: what it is, and what its rungs take."""
+
+    model: str
+    """The last part of its name, and settings in which it differs."""
+    parameters: int
+    license: str | None = None
+    """From the list of known bases or the card in its folder or on the hub; None where neither names one."""
+    rungs: tuple[str, ...]
+    peak_memory_bytes: int
+    """The largest of its rungs, training included."""
+    prompt_tokens: tuple[float, float]
+    """Fewest and most tokens of a prompt among its rungs, in tokens of its own."""
+    seconds_per_query: tuple[float, float]
+    """Least and most among its rungs."""
 
 
 class SkippedRung(Result):
@@ -698,6 +717,8 @@ class Ladder(Result):
     examples: int
     clusters: int
     rows: tuple[LadderRow, ...]
+    models: tuple[LadderModel, ...] = ()
+    """The bases, where the ladder has several."""
     verdict: Verdict
     skipped_rungs: tuple[SkippedRung, ...] = ()
     next_rung: NextRung | None = None

@@ -12,7 +12,8 @@ import pytest
 from processes import inside
 from rung.commands import hyperparameter_search
 from rung.config.climb import RungConfig, SearchConfig
-from rung.config.io import load_config, rung_run_config
+from rung.config.climb_runs import rung_run_config
+from rung.config.io import load_config
 from rung.config.run import RunConfig
 
 RANGES = {"trials": 5, "rank": [2, 8], "learning_rate": [1e-4, 1e-1], "epochs": [0.5, 2]}

@@ -12,6 +12,7 @@ import rung
 from rung.config import io as config_io
 from rung.config.base import Config
 from rung.config.climb import RungConfig
+from rung.config.climb_runs import rung_run_config
 from rung.config.io import (
     OTHER_TOOLS_KEYS,
     RENAMED_KEYS,
@@ -21,7 +22,6 @@ from rung.config.io import (
     load_config,
     parse_config,
     resolve_config,
-    rung_run_config,
 )
 from rung.config.objective import GrpoConfig, PreferenceConfig
 from rung.config.run import RunConfig

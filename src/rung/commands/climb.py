@@ -4,7 +4,8 @@ All rungs of a climb answer the same questions, so their differences are paired.
 folder as soon as it exists, and the ladder is always built from these files: a stopped climb repeats no finished rung,
 and a finished climb is judged again without a model. The price is one model in memory at a time and a base loaded anew
 after every training. `climb_results.py` builds the ladder, `climb_prompts.py` decides what a rung is asked,
-`hyperparameter_search.py` tries settings.
+`climb_data.py`, `climb_models.py` and `climb_tokens.py` what it learns from and stands on, `hyperparameter_search.py`
+tries settings.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from rung.commands.climb_data import ClimbData
+from rung.commands.climb_models import ClimbModels
 from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
 from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
-from rung.commands.forgetting import RESULT_FILE, check_room, forgetting_task, measure_forgetting, read_forgetting
+from rung.commands.climb_tokens import ClimbTokens
+from rung.commands.forgetting import (
+    RESULT_FILE,
+    ForgettingTask,
+    check_room,
+    forgetting_task,
+    measure_forgetting,
+    read_forgetting,
+)
 from rung.commands.hyperparameter_search import apply_settings, read_search_result, search_settings
 from rung.config.climb import DISTILLED_PROMPT, UNTUNED, OnTopConfig, RungConfig
-from rung.config.evaluation import Context
-from rung.config.io import ConfigSource, config_to_dict, on_top_run_config, resolve_config, rung_run_config
-from rung.config.method import FullConfig
+from rung.config.climb_runs import on_top_run_config, rung_data, rung_run_config
+from rung.config.io import ConfigSource, config_to_dict, resolve_config
 from rung.config.run import RunConfig
 from rung.console import print_status
-from rung.data.chat import ChatTemplate
 from rung.data.records import Records
-from rung.data.splits import Splits
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
@@ -45,9 +53,7 @@ from rung.runs.load import (
     dequantize_if_configured,
     device,
     hardware_fingerprints,
-    keep_arithmetic,
     load_base_on_device,
-    load_base_to_train,
     open_run,
     settle_arithmetic,
 )
@@ -71,6 +77,7 @@ class Climb:
         # Only the validation of the run configs counts here: an impossible rung must fail before the first one is
         # trained. The base of a rung on top does not exist yet, so the climb's own folder takes its place.
         for rung in config.climb.rungs:
+            rung_data(config, rung)
             if rung.kind not in UNTUNED:
                 rung_run_config(config, rung, config.output, config.seed)
         for on_top in config.climb.on_top:
@@ -82,7 +89,9 @@ class Climb:
         RunFolder.check(self.path, config_to_dict(config), resume=resume, overwrite=overwrite, free=CHANGEABLE_SETTINGS)
         self._resume, self._overwrite = resume, overwrite
         self._fingerprints: dict[str, str] = {}
-        self._cached_base: BaseModel | None = None
+        # A climb killed while it took its folder has recorded none yet.
+        self._recorded: dict[str, str] = read_manifest(self.path).get("fingerprints", {}) if resume else {}
+        self._data, self._models = ClimbData(config), ClimbModels(config, self._recorded)
         self._skipped_rungs: list[SkippedRung] = []
 
     @property
@@ -92,34 +101,61 @@ class Climb:
 
     def run(self) -> Ladder:
         """Measure what is missing, then build the ladder. If nothing is missing, no model is loaded."""
-        self._check_fingerprint("data", self._splits.fingerprint)
+        self._check_fingerprint("data", self._data.splits.fingerprint)
+        for rung in self.config.climb.rungs:
+            if rung.data:
+                self._check_fingerprint(f"data of {rung.label}", self._data.splits_of(rung).fingerprint)
         if self._is_complete() and not self._overwrite:
             with closing(self._acquire_folder()) as folder:
                 return self._finish(folder)  # an earlier process may have been killed before it wrote the ladder
-        # Everything that can be refused is refused before the first training step, and what needs no model before the
+        # Everything that can be refused is refused before the first training step, and what needs no model before a
         # model is loaded.
         prompts = self._prompts
         for on_top in self.config.climb.on_top:
-            prompts.check_on_top_rows(on_top)
+            self._data.check_on_top_rows(on_top)
         forgetting = self.config.climb.forgetting
         task = None if forgetting is None else forgetting_task(self.config, forgetting, self.config.evaluation.limit)
         if prompts.library is not None:
             self._check_fingerprint("documents", prompts.library.fingerprint)
-        main_config = self._with_recorded_arithmetic(self.config)
-        settle_arithmetic(main_config)
-        self._cached_base = base = load_base_on_device(main_config.model)
-        for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
-            self._check_fingerprint(name, value)
-        data = {context: self._shared_data(context, base) for context in prompts.contexts}
-        first_data = next(iter(data.values()))
-        prompts.check_room(first_data.chat, base.context - self.config.evaluation.max_new_tokens)
-        if task is not None:
-            check_room(task, first_data.chat, base.context)
+        facts = self._check_models(task)
         with closing(self._acquire_folder()) as folder:
-            facts = {"data": first_data.summary(), "fingerprints": self._fingerprints}
-            folder.update(climb=True, status="running", **facts)
-            del base  # or it would stay in memory beside the base of every rung
-            return self._measure_all(folder, data)
+            folder.update(climb=True, status="running", **facts, fingerprints=self._fingerprints)
+            return self._measure_all(folder)
+
+    def _check_models(self, task: ForgettingTask | None) -> dict[str, Any]:
+        """Load every base once, check what it has to read, and return the facts of data and bases for `run.json`."""
+        models = self._models
+        models.check_names()
+        for title in models.titles:
+            settle_arithmetic(models.with_recorded_arithmetic(models.config_on(title), title))
+        facts, vocabularies = {}, []
+        # The base of the first rung comes last and stays in memory.
+        for title in reversed(models.titles):
+            base = models.load_to_check(title)
+            for name, value in {"base": base.fingerprint, **hardware_fingerprints(base)}.items():
+                self._check_fingerprint(models.fingerprint_name(title, name), value)
+            self._check_room(title, base, task)
+            if len(models.titles) > 1:
+                facts[title] = models.facts(title, base)
+                vocabularies.append(base.tokenizer.get_vocab())
+            del base  # or it would stay in memory beside the next one
+        if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
+            self._require_comparable_metric()
+        return {"data": self._tokens.of_climb.summary(), **({"models": facts} if facts else {})}
+
+    def _check_room(self, title: str, base: BaseModel, task: ForgettingTask | None) -> None:
+        """Tokenize the rows of the rungs on a base. Raises `DataError` for prompts without room for an answer."""
+        chat = self._tokens.tokenize_for(title, base)
+        rungs = [rung for rung in self.config.climb.rungs if self._models.title(rung) == title]
+        self._prompts.check_room(rungs, chat, base.context - self.config.evaluation.max_new_tokens)
+        if task is not None and any(rung.kind not in UNTUNED for rung in rungs):
+            check_room(task, chat, base.context)
+
+    def _require_comparable_metric(self) -> None:
+        if self.config.evaluation.metrics[0] == PERPLEXITY:
+            summary = "perplexity a token decides nothing between models with other tokens"
+            hint = "put another metric first, or give these models ladders of their own"
+            raise ConfigError(summary, where="evaluation.metrics", given=", ".join(self._models.titles), hint=hint)
 
     def _acquire_folder(self) -> RunFolder:
         settings, how = config_to_dict(self.config), {"resume": self._resume, "overwrite": self._overwrite}
@@ -133,41 +169,34 @@ class Climb:
         folder.update(status="finished", ladder=ladder.to_json())
         return ladder
 
-    def _with_recorded_arithmetic(self, config: RunConfig) -> RunConfig:
-        """The config with the compute type and the matmul routine that a climb that resumes began with."""
-        return keep_arithmetic(config, self.path) if self._resume else config
-
-    @cached_property
-    def _splits(self) -> Splits:
-        return read_splits(self.config)
-
     @cached_property
     def _prompts(self) -> ClimbPrompts:
-        return ClimbPrompts(self.config, self._splits)
+        return ClimbPrompts(self.config, self._data)
+
+    @cached_property
+    def _tokens(self) -> ClimbTokens:
+        return ClimbTokens(self.config, self._data, self._models, self._prompts)
+
+    @property
+    def _tuned_rungs(self) -> list[RungConfig]:
+        return [rung for rung in self.config.climb.rungs if rung.kind not in UNTUNED]
 
     def _is_complete(self) -> bool:
         """Whether every rung, point of the curve and forgetting result is on disk."""
         # A point of the curve with as many rows as the rung itself is passed over, so no result is missing.
-        folders = [folder for rows, folder in self._curve_points if rows < len(self._splits.train)]
+        train_rows = len(self._data.splits_of(self._tuned_rungs[-1]).train) if self._curve_points else 0
+        folders = [folder for rows, folder in self._curve_points if rows < train_rows]
         points = all((folder / "result.json").exists() for folder in folders)
         forgetting = all(self._read_forgetting(folder) for _, folder in self._forgetting_runs)
         return points and forgetting and all(map(self._is_measured, self.rungs))
 
-    def _shared_data(self, context: Context, base: BaseModel) -> RunData:
-        """The tokenized data of all rungs of one context whose method has no virtual tokens."""
-        # Virtual tokens take room in the context or stand inside the text, so methods with them tokenize for
-        # themselves. `FullConfig` stands for all others: none of them changes a document.
-        evaluation = self.config.evaluation.model_copy(update={"context": context})
-        config = self.config.model_copy(update={"method": FullConfig(), "evaluation": evaluation})
-        return tokenize_run(config, self._splits, base, self._prompts.library)
-
-    def _measure_all(self, folder: RunFolder, data: dict[Context, RunData]) -> Ladder:
+    def _measure_all(self, folder: RunFolder) -> Ladder:
         try:
             target_rung: AnyRung | None = None
             for rung in self.rungs:
                 if target_rung is not None:
                     self._skip_rung(rung.label, f"{target_rung.label} surely reaches the target")
-                elif self._measure_if_possible(rung, data):
+                elif self._measure_if_possible(rung):
                     target_rung = rung if self.config.climb.stop_at_target and self._reaches_target(rung) else None
             # The curve needs the settings of the highest tuned rung, forgetting needs the finished runs.
             self._measure_curve()
@@ -186,20 +215,21 @@ class Climb:
         measured_rungs = [self._stored_rung(rung) for rung in self.rungs if rung.label not in skipped_names]
         if not measured_rungs:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped_rungs[0].why)
-        ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs)
+        model_facts = read_manifest(self.path).get("models")
+        ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs, model_facts)
         return ladder.replace(curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
 
     def _is_measured(self, rung: AnyRung) -> bool:
         return all((folder / "result.json").exists() for folder in self._rung_folders(rung))
 
-    def _measure_if_possible(self, rung: AnyRung, data: dict[Context, RunData]) -> bool:
+    def _measure_if_possible(self, rung: AnyRung) -> bool:
         """Whether a rung was measured: it is skipped if it does not fit into memory or its base rung was skipped."""
         base_rung = rung.base_rung if isinstance(rung, OnTopConfig) else None
         if base_rung in {skipped.rung for skipped in self._skipped_rungs}:
             self._skip_rung(rung.label, f"it stands on {base_rung}, which was not measured")
             return False
         try:
-            self._measure(rung, data)
+            self._measure(rung)
         except DoesNotFitError as error:
             # One rung too large for the machine says nothing about the others, so the climb goes on.
             self._skip_rung(rung.label, error.summary)
@@ -219,12 +249,10 @@ class Climb:
     def _check_fingerprint(self, name: str, fingerprint: str) -> None:
         """Raise `CheckpointError` if data, documents or base differ from those of the finished rungs."""
         self._fingerprints[name] = fingerprint
-        # A climb killed while it took its folder has recorded none yet.
-        recorded = read_manifest(self.path).get("fingerprints", {}) if self._resume else {}
-        if recorded.get(name, fingerprint) != fingerprint:
+        if self._recorded.get(name, fingerprint) != fingerprint:
             verb = "have" if name == "documents" else "has"
             summary = f"the {name} {verb} changed since this climb began"
-            given = f"{recorded[name]} at its start, {fingerprint} now"
+            given = f"{self._recorded[name]} at its start, {fingerprint} now"
             raise CheckpointError(summary, where=str(self.path), given=given, hint="start anew with --overwrite")
 
     def _rung_folders(self, rung: AnyRung) -> list[Path]:
@@ -239,7 +267,7 @@ class Climb:
         evaluations = tuple(Evaluation.read(folder / "items.parquet") for folder in folders)
         return MeasuredRung(rung, evaluations, tuple(map(read_result, folders)))
 
-    def _measure(self, rung: AnyRung, data: dict[Context, RunData]) -> None:
+    def _measure(self, rung: AnyRung) -> None:
         """Measure the training seeds of a rung that have no result yet."""
         folders = self._rung_folders(rung)
         for seed_index, folder in enumerate(folders):
@@ -249,15 +277,17 @@ class Climb:
             if isinstance(rung, OnTopConfig):
                 self._measure_on_top(rung, folder, seed_index)
             elif rung.kind in UNTUNED:
-                self._measure_untuned(rung, folder, next(iter(data.values())).chat)
+                self._measure_untuned(rung, folder)
             else:
-                self._measure_tuned(rung, folder, seed_index, data[self._prompts.context(rung)])
+                self._measure_tuned(rung, folder, seed_index)
 
-    def _measure_untuned(self, rung: RungConfig, folder: Path, chat: ChatTemplate) -> None:
+    def _measure_untuned(self, rung: RungConfig, folder: Path) -> None:
         """Score the base with the rung's prompt. The instruction rung also chooses the instruction, on validation."""
+        self._models.refuse_if_too_large(rung)
         # Without a reset the peak would include the training of an earlier rung.
         reset_peak_memory(device())
-        model = LoadedRun(Policy(self._pristine_base(), NoMethod()), chat)
+        title = self._models.title(rung)
+        model = LoadedRun(Policy(self._models.pristine(title), NoMethod()), self._tokens.chats[title])
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}
         prompts = self._prompts
@@ -280,40 +310,43 @@ class Climb:
         return rung_run_config(self.config, rung, str(folder), self.config.seed + seed_index, instruction)
 
     def _evaluate(self, model: LoadedRun, records: Records, prompt_format: PromptFormat, *, title: str) -> Evaluation:
-        return evaluate(model.policy, model.chat, records, prompt_format, self.config.evaluation, title=title)
+        # The questions are the climb's, whatever setting the rung's own rows were read with.
+        chat = model.chat.with_control_tokens(self.config.data.control_tokens)
+        return evaluate(model.policy, chat, records, prompt_format, self.config.evaluation, title=title)
 
     def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
         """Score a model on the questions of a rung and write the result."""
         result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
         store_result(folder, result, {**cost, **prompts.facts})
 
-    def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int, data: RunData) -> None:
+    def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int) -> None:
         """Train a run in the rung's folder, or open the finished one, and score it on the bare questions."""
         is_started = is_run_folder(folder)
         if not is_started:
             # Checked before the search, so that no trial starts for a rung that does not fit.
             default_config = self._rung_config(rung, folder, seed_index)
             checks.refuse_if_too_large(default_config, device(), beyond=False)
-        rung = self._apply_search(rung, data)
+        rung = self._apply_search(rung)
         config = self._rung_config(rung, folder, seed_index)
-        model = self._train_or_open(config, lambda base: self._data_for(config, base, data))
+        model = self._train_or_open(config, rung, lambda base: self._tokens.for_run(config, rung, base))
         dequantize_if_configured(model.policy, config)
         search_result = read_search_result(self.path / "search" / rung.slug)
         trials = {"search": search_result} if search_result else {}
         self._score(model, self._prompts.for_rung(rung, None), folder, rung.label, {**_training_cost(folder), **trials})
 
-    def _train_or_open(self, config: RunConfig, data: Callable[[BaseModel], RunData]) -> LoadedRun:
+    def _train_or_open(self, config: RunConfig, rung: RungConfig, data: Callable[[BaseModel], RunData]) -> LoadedRun:
         """Open the run of a config if it is finished; otherwise train it, or resume it if it was stopped."""
         folder = Path(config.output)
         is_started = is_run_folder(folder)
         if is_started and read_manifest(folder)["status"] == "finished":
+            self._models.release()  # the run brings a base of its own
             return open_run(folder)
-        base = self._base_to_train(config)
+        base = self._models.to_train(config, self._models.title(rung))
         run_data = data(base)
         policy, _ = train_on_data(config, base, run_data, StartMode(resume=is_started))
         return LoadedRun(policy, run_data.chat, config, "run")
 
-    def _apply_search(self, rung: RungConfig, data: RunData) -> RungConfig:
+    def _apply_search(self, rung: RungConfig) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""
         if (search := self.config.climb.search) is None:
             return rung
@@ -323,16 +356,10 @@ class Climb:
         config = self._rung_config(rung, folder)
 
         def train(trial: RunConfig, stop_check: StopCheck) -> None:
-            base = self._base_to_train(trial)
-            train_on_data(trial, base, self._data_for(trial, base, data), stop_check=stop_check)
+            base = self._models.to_train(trial, self._models.title(rung))
+            train_on_data(trial, base, self._tokens.for_run(trial, rung, base), stop_check=stop_check)
 
-        return search_settings(config, search, rung, folder, len(data.train.rows), train)
-
-    def _data_for(self, config: RunConfig, base: BaseModel, shared: RunData) -> RunData:
-        """The shared data, or the splits tokenized anew where virtual tokens or an objective need other documents."""
-        if not config.method.virtual_token_count and config.objective == self.config.objective:
-            return shared
-        return tokenize_run(config, self._splits, base, self._prompts.library)
+        return search_settings(config, search, rung, folder, self._tokens.row_count(rung), train)
 
     @property
     def _curve_points(self) -> list[tuple[int, Path]]:
@@ -349,8 +376,8 @@ class Climb:
 
     def _measure_curve(self) -> None:
         """Train the highest tuned rung on fewer rows: one run for each number of rows, scored on the same test."""
-        tuned_rungs = [r for r in self.config.climb.rungs if r.kind not in UNTUNED and self._is_measured(r)]
-        train_rows = len(self._splits.train)
+        tuned_rungs = [rung for rung in self._tuned_rungs if self._is_measured(rung)]
+        train_rows = len(self._data.splits_of(tuned_rungs[-1]).train) if tuned_rungs else 0
         for rows, folder in self._curve_points if tuned_rungs else ():
             if rows >= train_rows:
                 print_status(f"learning curve: the rung itself has {train_rows:,} rows, {rows:,} are passed over")
@@ -368,9 +395,14 @@ class Climb:
         tuned_rung = apply_settings(rung, search_result["chosen"]) if search_result else rung
         config = self._rung_config(tuned_rung, folder)
         config = config.model_copy(update={"data": config.data.model_copy(update={"limit": rows})})
-        library = self._prompts.library
-        # The splits are read again: the limit of rows is applied when they are read.
-        model = self._train_or_open(config, lambda base: tokenize_run(config, read_splits(config), base, library))
+
+        def data(base: BaseModel) -> RunData:
+            # The splits are read again: the limit of rows is applied when they are read.
+            where = f"climb.rungs {rung.label}"
+            splits = self._data.read_own_splits(config.data, where) if rung.data else read_splits(config)
+            return self._tokens.tokenize(config, rung, splits, base)
+
+        model = self._train_or_open(config, rung, data)
         point = {"rung": rung.label, "rows": read_manifest(folder)["data"]["splits"]["train"]["rows"]}
         cost = {**_training_cost(folder), **point}
         self._score(model, self._prompts.for_rung(rung, None), folder, f"{rows:,} rows", cost)
@@ -387,7 +419,7 @@ class Climb:
             if (folder / "result.json").exists() and not self._read_forgetting(folder):
                 print_status(f"what {label} has forgotten")
                 # `measure_forgetting` loads models of its own; the cached base would be one too many in memory.
-                self._cached_base = None
+                self._models.release()
                 limit = self.config.evaluation.limit
                 comparison = measure_forgetting(str(folder), str(self.config.climb.forgetting), limit=limit)
                 write_json(folder / RESULT_FILE, comparison.to_json())
@@ -409,33 +441,24 @@ class Climb:
         # Seed by seed: each run on top continues the run of its own training seed.
         base_folder = self._rung_folders(base_rung)[seed_index]
         config = on_top_run_config(self.config, on_top, str(base_folder), str(folder), self.config.seed + seed_index)
-        is_started = is_run_folder(folder)
-        if not is_started:
-            checks.refuse_if_too_large(config, device(), beyond=False)
-        if not (is_started and read_manifest(folder)["status"] == "finished"):
-            # The model of the base rung is another than the cached base, and only one may be in memory.
-            self._cached_base = None
-            splits, base = read_splits(config), load_base_on_device(self._with_recorded_arithmetic(config).model)
-            data = tokenize_run(config, splits, base, self._prompts.library)
-            train_on_data(config, base, data, StartMode(resume=is_started))
+        self._train_on_top(config, on_top, self._models.title(base_rung))
         # To have this rung one must also train and keep the one below it.
         base_cost, cost = read_result(base_folder), _training_cost(folder)
         totals = {name: cost[name] + base_cost[name] for name in ("train_seconds", "disk_bytes")}
         self._score(open_run(folder), self._prompts.for_rung(base_rung, None), folder, on_top.label, {**cost, **totals})
 
-    def _base_to_train(self, config: RunConfig) -> BaseModel:
-        """A base for one run. Training changes it, so it must not be offered to the next rung."""
-        if config.method.kind == "qlora":
-            self._cached_base = None  # only one base may be in memory, and this one is quantized from its file
-            return load_base_to_train(self._with_recorded_arithmetic(config))
-        base, self._cached_base = self._pristine_base(), None
-        return base
-
-    def _pristine_base(self) -> BaseModel:
-        """A base that no rung has trained; loaded again if the last one was used."""
-        if self._cached_base is None:
-            self._cached_base = load_base_on_device(self._with_recorded_arithmetic(self.config).model)
-        return self._cached_base
+    def _train_on_top(self, config: RunConfig, on_top: OnTopConfig, title: str) -> None:
+        """Train a run on top of one on this base, unless it is finished. No model stays in memory."""
+        is_started = is_run_folder(Path(config.output))
+        if not is_started:
+            checks.refuse_if_too_large(config, device(), beyond=False)
+        # The model of the base rung is another than the cached base, and only one may be in memory.
+        self._models.release()
+        if not (is_started and read_manifest(Path(config.output))["status"] == "finished"):
+            load_config = self._models.with_recorded_arithmetic(config, title)
+            splits, base = self._data.read_on_top(config, on_top), load_base_on_device(load_config.model)
+            data = tokenize_run(config, splits, base, self._prompts.library)
+            train_on_data(config, base, data, StartMode(resume=is_started))
 
 
 def _training_cost(folder: Path) -> dict[str, Any]:

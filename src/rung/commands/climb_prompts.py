@@ -8,25 +8,22 @@ prompts without room for an answer are refused before the first training step. `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rung.config.climb import DISTILLED_PROMPT, UNTUNED, WITH_SHOTS, OnTopConfig, RungConfig
+from rung.commands.climb_data import ClimbData
+from rung.config.climb import DISTILLED_PROMPT, UNTUNED, WITH_SHOTS, RungConfig
 from rung.config.evaluation import Context
-from rung.config.io import on_top_run_config
 from rung.config.run import RunConfig
 from rung.data.chat import ChatTemplate
-from rung.data.deduplication import prompt_words
 from rung.data.records import Records
-from rung.data.splits import Splits
-from rung.errors import ConfigError, DataError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, prompt_ids, require_questions
 from rung.evaluation.prompting import PromptFormat, Shots, choose_shots, nearest_shots
 from rung.evaluation.retrieval import Library
-from rung.runs.dataset import load_library, read_splits, with_contexts
+from rung.runs.dataset import load_library, with_contexts
 from rung.runs.load import test_records, validation_records
 from rung.types import Record
 
@@ -47,14 +44,14 @@ ScoreFunction = Callable[[Records, PromptFormat], Evaluation]
 class ClimbPrompts:
     """The held-out questions of a climb in the form in which each rung is asked them."""
 
-    def __init__(self, config: RunConfig, splits: Splits) -> None:
+    def __init__(self, config: RunConfig, data: ClimbData) -> None:
         """Raises `ConfigError` without a test split, `DataError` for missing questions, examples or documents."""
-        self.config, self.splits = config, splits
+        self.config, self.data, splits = config, data, data.splits
         self.test = test_records(config, splits)
         require_questions(self.test)
-        zero_shot = next((rung for rung in config.climb.rungs if rung.kind == "zero_shot"), None)
+        zero_shot = next((rung for rung in config.climb.rungs if rung.kind == "zero_shot" and not rung.model), None)
         self.instruction_rung: RungConfig | None = zero_shot if config.climb.instructions else None
-        """The rung that chooses the instruction of all untuned rungs."""
+        """The rung on the climb's own model that chooses the instruction of all untuned rungs."""
         if self.instruction_rung is not None:
             require_questions(self.validation_records)
         needs_library = any(self.context(rung) == "retrieved" for rung in config.climb.rungs)
@@ -66,18 +63,11 @@ class ClimbPrompts:
     @cached_property
     def validation_records(self) -> Records:
         """The records on which instructions are compared. Raises `ConfigError` without a validation split."""
-        return validation_records(self.config, self.splits)
+        return validation_records(self.config, self.data.splits)
 
     def context(self, rung: RungConfig) -> Context:
         """The context of a rung: its own setting, or else that of the evaluation."""
         return rung.context_of(self.config.evaluation.context)
-
-    @property
-    def contexts(self) -> list[Context]:
-        """The distinct contexts that tuned rungs are trained with, in the order of the rungs."""
-        tuned_contexts = [self.context(rung) for rung in self.config.climb.rungs if rung.kind not in UNTUNED]
-        # A ladder of untuned rungs only still needs one context, for the chat template and the summary of the data.
-        return list(dict.fromkeys(tuned_contexts or [self.config.evaluation.context]))
 
     @property
     def instructions(self) -> list[str | None]:
@@ -112,43 +102,18 @@ class ClimbPrompts:
         shots = self._shots[rung.label]
         return PromptFormat(instruction, nearest_shots=shots) if callable(shots) else PromptFormat(instruction, shots)
 
-    def check_room(self, chat: ChatTemplate, max_prompt_tokens: int) -> None:
-        """Raise `DataError` for a prompt of an untuned rung that leaves the model no room for its answer."""
+    def check_room(self, rungs: Iterable[RungConfig], chat: ChatTemplate, max_prompt_tokens: int) -> None:
+        """Raise `DataError` for a prompt of an untuned rung that leaves its model no room for the answer."""
         # The longest instruction bounds all others. Characters are a good enough measure of length: an evaluation
         # checks its own prompts again, in tokens.
         longest_instruction = max(self.instructions, key=lambda text: len(text or ""))
-        for rung in self.config.climb.rungs:
+        for rung in rungs:
             if rung.kind in UNTUNED:
                 prompt_format = self.prompt_format(rung, longest_instruction)
                 # The rung that chooses the instruction also answers the validation split.
                 splits = (self.test, self.validation_records) if rung == self.instruction_rung else (self.test,)
                 for records in splits:
                     prompt_ids(chat, self.with_contexts(rung, records), prompt_format, max_prompt_tokens)
-
-    def check_on_top_rows(self, on_top: OnTopConfig) -> None:
-        """Raise `DataError` or `ConfigError` for a rung on top whose rows cannot be used or are rows of the test."""
-        # Only the data of this config is read. Its base is not trained yet, so the climb's base stands in for it.
-        base = self.config.model.student_of or self.config.model.name
-        config = on_top_run_config(self.config, on_top, base, "unused", self.config.seed)
-        splits, where = read_splits(config), f"climb.on_top {on_top.label}"
-        if config.objective.kind == "reward":
-            raise ConfigError("a reward model writes nothing that a ladder could score", where=where)
-        has_comparisons = any(record.candidates or record.score is not None for record in splits.train)
-        if config.objective.kind == "preference" and not has_comparisons:
-            raise DataError("these rows compare nothing", where=where, given=str(config.data.path))
-        # Rows of the climb itself were split by content already and cannot meet the test.
-        if on_top.data:
-            self._refuse_test_rows(on_top, splits)
-
-    def _refuse_test_rows(self, on_top: OnTopConfig, splits: Splits) -> None:
-        """Raise `DataError` where a row asks what the test asks, whether or not context and question are one text."""
-        test = {tuple(prompt_words(record)): record for record in self.test}
-        rows = ((record, tuple(prompt_words(record))) for part in (splits.train, splits.validation) for record in part)
-        if overlaps := [(row, test[words]) for row, words in rows if words in test]:
-            row, test_row = overlaps[0]
-            summary = f"{len(overlaps)} rows of this rung ask what the test asks"
-            hint = f"take them out of {on_top.data.get('path')}"
-            raise DataError(summary, where=str(row.source), given=f"the same prompt as {test_row.source}", hint=hint)
 
     def choose_instruction(self, rung: RungConfig, folder: Path, score: ScoreFunction) -> dict[str, Any]:
         """Score every instruction on the validation split and take the best by the deciding metric.
@@ -180,8 +145,10 @@ class ClimbPrompts:
     def _choose_shots(self, rung: RungConfig) -> Shots | Callable[[Record], Shots]:
         """Worked examples of a rung: a fixed set, or a function of the question."""
         count, context = rung.shots or self.config.evaluation.shots, self.context(rung)
+        train = self.data.splits_of(rung).train
         # A context that is not shown must not make two equal questions look different to the selection.
-        train = self.splits.train if context == "given" else self._closed_book_training_records
+        if context != "given":
+            train = with_contexts("withheld", train, None) if rung.data else self._closed_book_training_records
 
         def with_passages(shots: Shots) -> Shots:
             # Passages are looked up for the chosen examples only, since a search over all training rows costs more.
@@ -195,7 +162,7 @@ class ClimbPrompts:
 
     @cached_property
     def _closed_book_training_records(self) -> Records:
-        return with_contexts("withheld", self.splits.train, None)
+        return with_contexts("withheld", self.data.splits.train, None)
 
     def _shots_summary(self, rung: RungConfig, prompt_format: PromptFormat) -> dict[str, Any]:
         """The sources of the worked examples; of examples that depend on the question, all that any question gets."""

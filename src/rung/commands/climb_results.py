@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rung.config.climb import UNTUNED, OnTopConfig, RungConfig
+from rung.config.climb_runs import model_titles
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
-from rung.results import Diagnosis, Estimate, Ladder, LadderRow, NextRung, SkippedRung, Verdict
+from rung.results import Diagnosis, Estimate, Ladder, LadderModel, LadderRow, NextRung, SkippedRung, Verdict
 from rung.runs.load import device
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.training.memory_use import peak_memory_bytes
@@ -67,9 +68,14 @@ def rung_folder(path: Path, rung: AnyRung, seed_index: int, seeds: int) -> Path:
 
 
 def build_ladder(
-    config: RunConfig, measured_rungs: Sequence[MeasuredRung], skipped_rungs: Sequence[SkippedRung] = ()
+    config: RunConfig,
+    measured_rungs: Sequence[MeasuredRung],
+    skipped_rungs: Sequence[SkippedRung] = (),
+    model_facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Ladder:
     """The ladder and its verdict, from the stored scores of single items alone.
+
+    `model_facts` has parameters and license of each base, where there are several.
 
     Raises `CheckpointError` if the rungs did not answer the same questions.
     """
@@ -99,6 +105,9 @@ def build_ladder(
         return paired_gain(*pair, clusters, weights=weights, seed=seed, in_nats=in_nats)
 
     rows = [_row(config, m, gain_between(i - 1, i) if i else None) for i, m in enumerate(measured_rungs)]
+    titles = _titles(config)
+    if len(set(titles.values())) > 1:
+        rows = [row.replace(model=titles[row.rung]) for row in rows]
     if warning := _cut_off_warning(rows):
         verdict = verdict.replace(text=f"{verdict.text}\n{warning}")
     return Ladder(
@@ -106,6 +115,7 @@ def build_ladder(
         examples=len(first.items),
         clusters=len(set(clusters)),
         rows=tuple(rows),
+        models=tuple(_models(rows, model_facts or {})),
         verdict=verdict,
         skipped_rungs=tuple(skipped_rungs),
         next_rung=_next_rung(rows, verdict, gain_between),
@@ -113,6 +123,28 @@ def build_ladder(
         folder=config.output,
         report=str(Path(config.output) / "report.html"),
     )
+
+
+def _titles(config: RunConfig) -> dict[str, str]:
+    """The base of every rung, by its label; a rung on top has that of the rung below it."""
+    titles = model_titles(config)
+    return {**titles, **{on_top.label: titles[on_top.base_rung] for on_top in config.climb.on_top}}
+
+
+def _models(rows: Sequence[LadderRow], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[LadderModel]:
+    """The bases of a ladder with several, each with what its rungs take."""
+    for title in dict.fromkeys(row.model for row in rows if row.model in facts):
+        own = [row for row in rows if row.model == title]
+        tokens, seconds = [row.prompt_tokens or 0.0 for row in own], [row.seconds_per_query or 0.0 for row in own]
+        yield LadderModel(
+            model=title,
+            parameters=facts[title]["parameters"],
+            license=facts[title]["license"],
+            rungs=tuple(row.rung for row in own),
+            peak_memory_bytes=max(row.peak_memory_bytes or 0 for row in own),
+            prompt_tokens=(min(tokens), max(tokens)),
+            seconds_per_query=(min(seconds), max(seconds)),
+        )
 
 
 def _cut_off_warning(rows: Sequence[LadderRow]) -> str:
@@ -144,6 +176,8 @@ def _next_rung(rows: Sequence[LadderRow], verdict: Verdict, gain_between: GainFu
     query = f"{costs['seconds_per_query']:+.2f} s and {costs['prompt_tokens']:+,.0f} prompt tokens a query"
     storage = f"{costs['disk_bytes'] / 1e6:+,.0f} MB on disk, {costs['train_seconds']:,.0f} s of training"
     text = f"{next_row.rung} instead of {recommended_row.rung}: {points} for {query}, {storage}"
+    if next_row.model != recommended_row.model:
+        text += f", and the model {next_row.model} in place of {recommended_row.model}"
     return NextRung(rung=next_row.rung, above=recommended_row.rung, gain=gain, **costs, text=text)
 
 
@@ -166,17 +200,19 @@ def _diagnoses(
         return difference.high < 0 if lower_is_better else difference.low > 0
 
     contexts = [m.costs[0].get("context") for m in measured_rungs]
-    # Each pair differs in the passages alone. A rung that is given the row's own context shows no lack of knowledge
-    # and is no counterpart.
+    # Each pair differs in the passages alone: on one model, with examples from the same rows. A rung that is given the
+    # row's own context shows no lack of knowledge and is no counterpart.
+    sources = [(row.model, m.config.data) for row, m in zip(rows, measured_rungs, strict=True)]
     for plain_kind, retrieval_kind in (("zero_shot", "rag"), ("few_shot", "few_shot+rag")):
         plain_rungs = [i for i, kind in enumerate(kinds) if kind == plain_kind and contexts[i] != "given"]
-        if plain_rungs and retrieval_kind in kinds:
-            pair = plain_rungs[0], kinds.index(retrieval_kind)
-            if is_better(gain := gain_between(*pair)):
-                yield _diagnosis("knowledge", rows[pair[0]].rung, rows[pair[1]].rung, gain)
+        retrieval_rungs = [i for i, kind in enumerate(kinds) if kind == retrieval_kind]
+        for lower, upper in _first_pairs(sources, plain_rungs, retrieval_rungs):
+            if is_better(gain := gain_between(lower, upper)):
+                yield _diagnosis("knowledge", rows[lower].rung, rows[upper].rung, gain)
     # A tuned rung against the best untuned one that sees the same context: what is left is the way to answer.
     for upper, m in enumerate(measured_rungs):
-        same_context = [i for i, c in enumerate(contexts) if kinds[i] in UNTUNED and c == contexts[upper]]
+        untuned = [i for i, kind in enumerate(kinds) if kind in UNTUNED and rows[i].model == rows[upper].model]
+        same_context = [i for i in untuned if contexts[i] == contexts[upper]]
         if m.config.kind in (*UNTUNED, "on_top") or not same_context:
             continue
         sign = -1.0 if lower_is_better else 1.0
@@ -185,6 +221,15 @@ def _diagnoses(
             yield _diagnosis("behaviour", rows[best_untuned].rung, rows[upper].rung, gain)
             # The lowest rung that shows it is enough; higher ones would say the same again.
             return
+
+
+def _first_pairs(sources: Sequence[Any], lower: Sequence[int], upper: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Of each source the first rung among `lower` and the first among `upper`; rungs are numbers into `sources`."""
+    for index in upper:
+        is_first = all(sources[other] != sources[index] for other in upper if other < index)
+        same_source = [other for other in lower if sources[other] == sources[index]]
+        if is_first and same_source:
+            yield same_source[0], index
 
 
 def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) -> LadderRow:

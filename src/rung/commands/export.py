@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import ModelCard
-
 from rung.commands.export_gguf import ExportSource, GgufRequest, no_proof_reason, write_gguf_files
 from rung.commands.merge import merge
 from rung.config.model_catalog import CATALOG
@@ -25,6 +23,7 @@ from rung.exporting.ollama import modelfile, read_frames
 from rung.exporting.quantization import require_writable
 from rung.files import MANIFEST, require_undamaged, write_folder, write_text
 from rung.methods.adapter_files import CONFIG
+from rung.models.license import card_license
 from rung.models.load import base_files
 from rung.planning.hub import is_hub_id
 from rung.results import ExportedFile, ExportResult
@@ -322,14 +321,7 @@ def _write_card(target: Path, source: ExportSource, manifest: dict[str, Any], re
 def _license_of_folder(source: ExportSource) -> str | None:
     """The license that the card of the base's own folder names."""
     folder = base_files(source.model_config)
-    if folder is None or not (card := folder / "README.md").is_file():
-        return None
-    try:
-        name = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-    # a README of any form
-    except Exception:
-        return None
-    return str(name) if name else None
+    return None if folder is None else card_license(folder / "README.md")
 
 
 def _base_name(source: ExportSource) -> str:

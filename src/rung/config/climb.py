@@ -28,7 +28,7 @@ class RungConfig(Config):
 
     kind: RungKind
     name: str | None = None
-    """Name in the ladder; default: the kind."""
+    """Name in the ladder; default: the kind, with the base of a rung that names one."""
     shots: PositiveInt | None = None
     """few_shot and few_shot+rag only: number of worked examples; default: `evaluation.shots`."""
     example_selection: ExampleSelection | None = None
@@ -43,11 +43,20 @@ class RungConfig(Config):
     """Tuned rungs only: method settings that differ from the section `method`."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Tuned rungs only: settings that differ from the section `training`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Tuned rungs, few_shot and few_shot+rag: as the section `data`, the rows that are trained on, distilled or shown
+    as worked examples; default: those of the climb. Its prompts must not occur in the test split, that of the climb."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Settings that differ from the section `model`. One that names another base takes no revision, layers, template or
+    template_kwargs from that section."""
 
     @property
     def label(self) -> str:
         """Name in the ladder."""
-        return self.name or self.kind
+        if self.name:
+            return self.name
+        base = self.model.get("student_of") or self.model.get("name")
+        return f"{self.kind} on {base_title(str(base))}" if base else self.kind
 
     @property
     def method_kind(self) -> str:
@@ -71,6 +80,15 @@ class RungConfig(Config):
             raise ValueError(f"rung {self.label!r} takes no `replaces`: only distilled_prompt does")
         if self.kind in RETRIEVING and self.context not in (None, "retrieved"):
             raise ValueError(f"rung {self.label!r} retrieves: its `context` is retrieved")
+        self._check_own_sections()
+
+    def _check_own_sections(self) -> None:
+        if self.data and self.kind in UNTUNED and self.kind not in WITH_SHOTS:
+            raise ValueError(f"rung {self.label!r} neither trains nor shows worked examples: it takes no `data`")
+        if "test" in self.data:
+            raise ValueError(f"the `data` of rung {self.label!r} takes no `test`: all rungs answer the climb's")
+        if "matmul" in self.model:
+            raise ValueError(f"rung {self.label!r} takes no `model.matmul`: the models of one command share a routine")
 
     @property
     def slug(self) -> str:
@@ -140,7 +158,7 @@ class ClimbConfig(Config):
     """Rungs to measure, lowest first."""
     instructions: tuple[str, ...] = ()
     """System prompts that zero_shot compares on the validation split, in addition to `evaluation.instruction` if set.
-    All untuned rungs use the one with the best score."""
+    All untuned rungs use the one with the best score, those on other models too."""
     margin: Fraction = 0.05
     """A rung is enough when the interval of its difference to the best excludes being worse by more than this."""
     target: PositiveFloat | None = None
@@ -180,11 +198,13 @@ class ClimbConfig(Config):
         """The untuned rung whose prompt a distilled_prompt rung learns. Raises `ValueError` if there is none."""
         # by label: a search gives the rung other settings
         position = [r.label for r in self.rungs].index(rung.label)
-        untuned = [r for r in self.rungs[:position] if r.kind in UNTUNED]
+        # of its own base, which is the teacher: another model may answer that prompt in another way
+        untuned = [r for r in self.rungs[:position] if r.kind in UNTUNED and r.model == rung.model]
         named = [r for r in untuned if rung.replaces in (None, r.label)]
         if not named:
             names = ", ".join(r.label for r in untuned) or "there is none"
-            raise ValueError(f"rung {rung.label!r} replaces the prompt of an untuned rung before it ({names})")
+            place = "before it with the same `model`"
+            raise ValueError(f"rung {rung.label!r} replaces the prompt of an untuned rung {place} ({names})")
         return named[-1]
 
     def _check(self) -> None:
@@ -215,9 +235,15 @@ class ClimbConfig(Config):
             raise ValueError("instructions holds one without a word")
         if len(set(self.instructions)) < len(self.instructions):
             raise ValueError("instructions holds one twice")
-        untuned = next((r.kind for r in self.rungs if r.kind in UNTUNED), None)
-        if self.instructions and untuned != "zero_shot":
-            raise ValueError("instructions are chosen by zero_shot, which is to come before other untuned rungs")
+        untuned = next((r for r in self.rungs if r.kind in UNTUNED), None)
+        if self.instructions and (untuned is None or untuned.kind != "zero_shot" or untuned.model):
+            place = "which is to come before other untuned rungs"
+            raise ValueError(f"instructions are chosen by zero_shot on the climb's model, {place}")
+
+
+def base_title(name: str) -> str:
+    """The last part of a base's name: of a path the folder or file, of a hub id the name without its owner."""
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or name
 
 
 def _refuse_shared_folders(rungs: Sequence[RungConfig | OnTopConfig]) -> None:

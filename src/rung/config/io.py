@@ -2,7 +2,7 @@
 
 The YAML is read twice, once into values and once into nodes, because only nodes have line numbers; configs are small.
 With them an error names the file, the line and the nearest known key. `resolve_config` is the entry point of commands
-and of the Python API; `rung_run_config` and `on_top_run_config` derive the runs of a climb.
+and of the Python API; `climb_runs.py` derives the runs of a climb.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rung.config.climb import DISTILLED_PROMPT, WITH_SHOTS, OnTopConfig, RungConfig
 from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
-from rung.config.model import WITHOUT_RUN_SETTINGS
 from rung.config.run import RunConfig
 from rung.config.synth import ImproveRunConfig, SynthRunConfig, TeachRunConfig
 from rung.errors import ConfigError, did_you_mean
@@ -199,63 +197,6 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> RunConfig:
 def config_to_dict(config: BaseModel) -> dict[str, Any]:
     """The config as plain JSON values with all defaults."""
     return config.model_dump(mode="json")
-
-
-def rung_run_config(
-    config: RunConfig, rung: RungConfig, output: str, seed: int, instruction: str | None = None
-) -> RunConfig:
-    """The config of the run of a tuned rung.
-
-    A rung with the method of the config takes over the sections `method` and `training`. A rung with another method
-    starts from the defaults of that method, including its learning rate: a rate that suits one method can ruin another
-    (decision 0006). `instruction` is the one that the climb chose, for a rung that distills a prompt.
-    """
-    base, kind = config_to_dict(config), rung.method_kind
-    is_same_method = kind == config.method.kind
-    method = {**(base["method"] if is_same_method else {"kind": kind}), **rung.method, "kind": kind}
-    training = {**base["training"], **({} if is_same_method else {"learning_rate": None}), **rung.training}
-    evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context)}
-    sections = {"method": method, "training": training, "evaluation": evaluation}
-    if rung.kind == DISTILLED_PROMPT:
-        evaluation["instruction"] = instruction or next(iter(_instructions(config)), None)
-        sections["objective"] = _prompt_distillation(config, rung)
-    return parse_config({**base, **sections, "output": output, "seed": seed}, f"climb.rungs {rung.label}")
-
-
-def _instructions(config: RunConfig) -> list[str]:
-    """All instructions of a climb, that of the evaluation first."""
-    return [*filter(None, [config.evaluation.instruction]), *config.climb.instructions]
-
-
-def _prompt_distillation(config: RunConfig, rung: RungConfig) -> dict[str, Any]:
-    """The section `objective` of a rung that distills the prompt of an untuned rung."""
-    replaced = config.climb.replaced_rung(rung)
-    shots = (replaced.shots or config.evaluation.shots) if replaced.kind in WITH_SHOTS else 0
-    sees = {
-        "instruction": bool(_instructions(config)),
-        "shots": shots,
-        "example_selection": replaced.example_selection,
-        "context": replaced.context_of(config.evaluation.context),
-    }
-    return {"kind": "distill", "teacher": "base", "teacher_sees": sees}
-
-
-def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, output: str, seed: int) -> RunConfig:
-    """The config of a run on top of a tuned run in folder `base_run`. Data of its own gets no test split."""
-    base = config_to_dict(config)
-    data = base["data"] if not on_top.data else {"validation": base["data"]["validation"], "test": 0.0, **on_top.data}
-    training = {**base["training"], "learning_rate": None, **on_top.training}
-    model = {**base["model"], "name": base_run, **WITHOUT_RUN_SETTINGS}
-    sections = {"model": model, "data": data, "method": on_top.method, "objective": on_top.objective}
-    rung = next(r for r in config.climb.rungs if r.label == on_top.base_rung)
-    context = rung.context_of(config.evaluation.context)
-    evaluation = {**base["evaluation"], "context": context, "dequantize": False}
-    # validation looks at `climb` too, for example whether anything retrieves: give it this run alone
-    climb = {"rungs": [{"kind": "rag" if context == "retrieved" else "zero_shot"}]}
-    sections |= {"training": training, "evaluation": evaluation, "climb": climb, "output": output, "seed": seed}
-    if context != "retrieved":
-        evaluation.pop("retrieve", None)
-    return parse_config({**base, **sections}, f"climb.on_top {on_top.label}")
 
 
 def describe_config(loaded: LoadedConfig) -> str:

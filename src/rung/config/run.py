@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from rung.config.base import MAX_SEED, Config
-from rung.config.climb import WITH_SHOTS, ClimbConfig
+from rung.config.climb import UNTUNED, WITH_SHOTS, ClimbConfig
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted_token_ids
@@ -64,7 +64,17 @@ class RunConfig(Config):
             raise ValueError("evaluation.retrieve says where passages come from, and nothing here retrieves any")
         if self.climb.search is not None and self.data.validation == 0:
             raise ValueError("climb.search compares on the validation split, and data.validation is 0")
+        self._check_own_data()
         self._check_objective()
+
+    def _check_own_data(self) -> None:
+        """Refuse rows of a rung's own behind retrieved contexts of rows: the run could not be opened as trained."""
+        documents = self.evaluation.retrieve and self.evaluation.retrieve.documents
+        for r in self.climb.rungs:
+            is_retrieved = r.kind not in UNTUNED and r.context_of(self.evaluation.context) == "retrieved"
+            if r.data and is_retrieved and documents is None:
+                fault = "has `data` of its own and retrieves from the contexts of the climb's rows"
+                raise ValueError(f"rung {r.label!r} {fault}: name the passages in evaluation.retrieve.documents")
 
     def _check_objective(self) -> None:
         if self.objective.kind in COMPARISON_KINDS and self.data.loss_on != "answer":

@@ -22,7 +22,8 @@ from rung.report.answer_browser import FIRST_ITEMS, ITEMS_PER_FILTER, browse_ans
 from rung.report.run_reader import ReportSource, read_report_source
 
 SECTIONS: tuple[Callable[[ReportSource], Any], ...] = (
-    *(sections.status, sections.facts, sections.ladder, sections.difference_plot, sections.score_plots),
+    *(sections.status, sections.facts, sections.ladder, sections.models),
+    *(sections.difference_plot, sections.score_plots),
     *(sections.cost_plots, sections.learning_curve_plots, sections.further_findings, sections.retrieval),
     *(sections.instructions, sections.curves, sections.layers, sections.training_summaries, sections.data),
     *(sections.gates, sections.versions, sections.config),

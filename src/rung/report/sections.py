@@ -69,6 +69,8 @@ def facts(source: ReportSource) -> Pairs:
     """Key numbers of the page's head."""
     result, config = source.result, source.config
     pairs = {"base": str(config.get("model", {}).get("name", ""))}
+    if source.ladder and source.ladder.models:
+        pairs = {"bases": ", ".join(model.model for model in source.ladder.models)}
     if source.is_climb:
         climb = source.climb_config
         pairs["deciding score"] = str(next(iter(config.get("evaluation", {}).get("metrics", ())), ""))
@@ -103,6 +105,11 @@ def ladder(source: ReportSource) -> LadderTable | None:
     # gains are paired differences, which only a finished climb has computed
     unit = summaries.gain_unit(metrics) if source.ladder else None
     return LadderTable(metrics, unit, tuple(summaries.printed_rungs(rows, metrics, verdict)), note)
+
+
+def models(source: ReportSource) -> list[summaries.PrintedModel]:
+    """The bases of a ladder with several."""
+    return summaries.printed_models(source.ladder.models) if source.ladder else []
 
 
 def difference_plot(source: ReportSource) -> Markup | None:
@@ -305,6 +312,13 @@ def _run_status(run: RunResult) -> StatusSection:
     return StatusSection("bad", "This run failed", text, tuple(details), commands)
 
 
+def _rows_text(result: RunResult) -> str:
+    """Training rows and their files, which in a climb may be those of one rung."""
+    splits = result.data.splits
+    paths = ", ".join(data_set.path for data_set in splits.sets)
+    return f"{splits.train.rows:,} of {paths}" if splits.train and paths else ""
+
+
 def _training_summary(run: LoggedRun) -> Pairs:
     result, config = run.result, run.result.config
     training, rate, speed = config.get("training", {}), result.learning_rate, result.tokens_per_second
@@ -313,6 +327,7 @@ def _training_summary(run: LoggedRun) -> Pairs:
     lines = {
         "method": summaries.method_text(config.get("method", {})),
         "base": str(config.get("model", {}).get("name", "")),
+        "rows": _rows_text(result),
         # 64 bits of it are enough to compare by eye
         "base fingerprint": (result.fingerprints.get("base") or "")[:16],
         "trainable": f"{result.trainable_parameters:,}" if result.trainable_parameters else "",

@@ -56,6 +56,8 @@ class PrintedRung:
     rung: str
     note: str
     """recommended, safe or best; empty for other rungs."""
+    model: str
+    """The base, where the ladder has several."""
     sees: str
     scores: tuple[Cell, ...]
     gain: Cell
@@ -80,6 +82,7 @@ def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: results.Ve
         PrintedRung(
             label,
             _rung_note(label, verdict),
+            row.model,
             row.sees,
             tuple(_score(row.scores.get(m), digits[m]) for m in metrics),
             _gain(row.gain, gain_digits, corrected.get(label), lower_is_better=lower_is_better),
@@ -91,6 +94,39 @@ def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: results.Ve
         )
         for label, row in rows
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedModel:
+    """One base of a ladder with several, ready to print."""
+
+    model: str
+    rungs: str
+    parameters: str
+    license: str
+    memory: str
+    tokens: str
+    seconds: str
+
+
+def printed_models(models: Sequence[results.LadderModel]) -> list[PrintedModel]:
+    """The bases as text: a query takes as much as the least and the most of their rungs."""
+    return [
+        PrintedModel(
+            model.model,
+            ", ".join(model.rungs),
+            format_count(model.parameters),
+            model.license or "unknown",
+            format_bytes(model.peak_memory_bytes or None),
+            _range_text([f"{tokens:,.0f}" for tokens in model.prompt_tokens]),
+            f"{_range_text([format_significant(seconds) for seconds in model.seconds_per_query])} s",
+        )
+        for model in models
+    ]
+
+
+def _range_text(ends: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys(ends))
 
 
 def retrieved_text(result: results.RetrievalResult) -> str:

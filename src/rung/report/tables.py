@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +32,7 @@ from rung.report.formatting import (
     name_value_table,
     render_lines,
 )
-from rung.report.summaries import PrintedRung
+from rung.report.summaries import PrintedModel, PrintedRung
 from rung.results import Estimate
 
 MIN_PREDICTABLE_BYTES = 2**24
@@ -48,13 +48,33 @@ def ladder_lines(ladder: results.Ladder) -> list[str]:
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
     cut_off = summaries.cut_off_text({row.rung: row.cut_off for row in ladder.rows})
-    lines_of_facts = (size, *_retrieval_lines(ladder.rows), *([cut_off] if cut_off else []), *skipped)
+    models = summaries.printed_models(ladder.models)
+    of_models = [f"on {model.model}: {model.rungs}" for model in models]
+    lines_of_facts = (size, *of_models, *_retrieval_lines(ladder.rows), *([cut_off] if cut_off else []), *skipped)
     facts = [plain(line, style="dim") for line in lines_of_facts]
     findings = [ladder.next_rung and ladder.next_rung.text, *(d.text for d in ladder.diagnoses)]
     findings += [result.text for result in ladder.forgetting]
     notes = [verdict_text, *(plain(finding) for finding in findings if finding)]
-    lines = render_lines(lambda console: [_fitting_layout(rows, metrics, console), *facts, plain(""), *notes])
+
+    def parts(console: Console) -> list[RenderableType]:
+        tables: list[RenderableType] = [_first_that_fits(_layouts(rows, metrics), console)]
+        if models:
+            layouts = [_models(models, with_query=with_query) for with_query in (True, False)]
+            tables += [plain(""), _first_that_fits(layouts, console), plain("")]
+        return [*tables, *facts, plain(""), *notes]
+
+    lines = render_lines(parts)
     return ["", *lines, *_report_and_commands(ladder.report, summaries.commands_after_climb(ladder))]
+
+
+def _models(models: Sequence[PrintedModel], *, with_query: bool) -> Table:
+    """One line a model: what it is, and what a query takes."""
+    query_heads = ["peak\nmemory", "prompt\ntokens", "per\nquery"] if with_query else []
+    table = empty_table(["model", "para-\nmeters", "license", *query_heads], gap=2, text_columns=(0, 2))
+    for model in models:
+        query_cells = (model.memory, model.tokens, model.seconds) if with_query else ()
+        add_text_row(table, model.model, model.parameters, model.license, *query_cells)
+    return table
 
 
 def _retrieval_lines(rows: Sequence[results.LadderRow]) -> list[str]:
@@ -190,11 +210,15 @@ def score_lines(result: results.EvaluationResult) -> list[str]:
     return output
 
 
-def _fitting_layout(rows: Sequence[PrintedRung], metrics: Sequence[str], console: Console) -> Table:
-    """The most detailed layout that fits the width of the terminal."""
+def _layouts(rows: Sequence[PrintedRung], metrics: Sequence[str]) -> list[Table]:
+    """The ladder in all its layouts, the most detailed first."""
     layouts = [_wide(rows, metrics, gap=gap) for gap in (1, 0)]
     layouts += [_stacked(rows, metrics, detail=detail) for detail in ("interval", "mean", "")]
-    layouts.append(_stacked(rows, metrics, with_cost=False))
+    return [*layouts, _stacked(rows, metrics, with_cost=False)]
+
+
+def _first_that_fits(layouts: Sequence[Table], console: Console) -> Table:
+    """The first table that fits the width of the terminal, or else the last."""
     # measured without a limit: rich would shrink a table to the console before it is compared
     unbounded = console.options.update(max_width=10_000)
     return next((t for t in layouts if Measurement.get(console, unbounded, t).maximum <= console.width), layouts[-1])

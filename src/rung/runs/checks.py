@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from rung.config.data import DataConfig
 from rung.config.method import LotteryConfig
+from rung.config.model import ModelConfig
 from rung.config.objective import CodeRewardConfig
 from rung.config.run import RunConfig
 from rung.console import print_status
@@ -27,7 +29,15 @@ from rung.models.policy import Policy
 from rung.planning.advise import advise, auxiliary_shapes, compute_type, process_refusal
 from rung.planning.architecture import read_shape
 from rung.planning.devices import Device, describe_device
-from rung.planning.memory import CUDA_CONTEXT_BYTES, MIN_TOKENS, MemoryEstimate, MicroBatch, estimate_memory
+from rung.planning.memory import (
+    BASELINE_RSS,
+    CUDA_CONTEXT_BYTES,
+    MIN_TOKENS,
+    MemoryEstimate,
+    MicroBatch,
+    estimate_memory,
+    weight_terms,
+)
 from rung.planning.throughput import DataVolume, record_throughput, token_flops
 from rung.report.formatting import format_bytes
 from rung.runs.dataset import RunData
@@ -106,6 +116,18 @@ def refuse_if_too_large(config: RunConfig, device: torch.device, *, beyond: bool
     smallest = MicroBatch(compute, MIN_TOKENS, MIN_TOKENS // 2, device=device.type)
     estimate = estimate_memory(config, read_shape(config.model), smallest, auxiliary_shapes(config))
     _refuse(config, estimate, device, beyond=beyond)
+
+
+def refuse_base_if_too_large(model: ModelConfig, device: torch.device) -> None:
+    """Raise `DoesNotFitError`, before anything is loaded, if not even the weights of a base fit."""
+    # LoRA leaves the base as it is loaded; its data are not read.
+    config = RunConfig(model=model, data=DataConfig(path="unused"), output="unused")
+    weights = weight_terms(config, read_shape(model), compute_type(model, local_card(device)))
+    needed = sum(term.bytes for term in weights) + (CUDA_CONTEXT_BYTES if device.type == "cuda" else BASELINE_RSS)
+    available = free_memory(device)
+    if available is not None and needed > available:
+        summary = f"this base needs {format_bytes(needed)}, its weights and the libraries alone"
+        raise DoesNotFitError(summary, where="memory", given=f"{format_bytes(available)} free")
 
 
 PlannedRun = tuple[MemoryEstimate, MicroBatch]

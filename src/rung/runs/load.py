@@ -8,11 +8,11 @@ template gives plausible answers and no error. Checking hashes costs one pass ov
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -70,13 +70,17 @@ def load_base_to_train(config: RunConfig) -> BaseModel:
 
 
 def keep_arithmetic(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with the compute type and the matmul routine that the run or climb in `folder` began with.
+    """The config with the compute type and the matmul routine that the run in `folder` began with."""
+    recorded = read_manifest(folder) if is_run_folder(folder) else {}
+    return with_arithmetic(config, {**recorded, **recorded.get("fingerprints", {})})
+
+
+def with_arithmetic(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
+    """The config with a recorded compute type and matmul routine, as `hardware_fingerprints` names them.
 
     Only where the setting is `auto`: other processors choose others, and half a run in each would be a run that nobody
     asked for.
     """
-    recorded = read_manifest(folder) if is_run_folder(folder) else {}
-    recorded = {**recorded, **recorded.get("fingerprints", {})}
     if config.model.dtype == "auto" and (dtype := recorded.get("compute_dtype")) in ("float32", "bfloat16"):
         config = config.with_model(dtype=dtype)
     if config.model.matmul == "auto" and (routine := recorded.get("matmul")) in ("onednn", "blas"):

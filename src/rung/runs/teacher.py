@@ -42,10 +42,17 @@ ROWS_CHECKED = 64
 """Rows whose teacher prompts are measured before training: those of the longest texts."""
 
 
-def tokenize_run(config: RunConfig, splits: Splits, base: BaseModel, library: Library | None = None) -> RunData:
+def tokenize_run(
+    config: RunConfig,
+    splits: Splits,
+    base: BaseModel,
+    library: Library | None = None,
+    example_rows: Records | None = None,
+) -> RunData:
     """The tokenized data of a run, with the answers and the prompts of its teacher where the config asks for them.
 
-    `base` must be as it was loaded: the teacher may share its weights.
+    `base` must be as it was loaded: the teacher may share its weights. `example_rows` are those of the teacher's worked
+    examples; by default the training rows of the run.
     """
     objective = config.objective
     if not isinstance(objective, DistillConfig) or (objective.teacher_sees is None and not objective.asks_teacher):
@@ -53,7 +60,7 @@ def tokenize_run(config: RunConfig, splits: Splits, base: BaseModel, library: Li
     if library is None and config.retrieves:
         library = load_library(config, splits)
     chat = ChatTemplate.of_model(base.tokenizer, config.model, base.end_ids)
-    prompts = TeacherPrompts.of_run(config, splits, chat.with_control_tokens(None), library)
+    prompts = TeacherPrompts.of_run(config, splits, chat.with_control_tokens(None), library, example_rows)
     if objective.asks_teacher:
         splits = _with_teacher_answers(config, splits, prompts, base)
     data = tokenize_splits(config, splits, base, library)
@@ -73,20 +80,27 @@ class TeacherPrompts:
     chat: ChatTemplate
 
     @staticmethod
-    def of_run(config: RunConfig, splits: Splits, chat: ChatTemplate, library: Library | None) -> TeacherPrompts:
-        """The prompts of a run's teacher, for training and validation rows."""
+    def of_run(
+        config: RunConfig,
+        splits: Splits,
+        chat: ChatTemplate,
+        library: Library | None,
+        example_rows: Records | None = None,
+    ) -> TeacherPrompts:
+        """The prompts of a run's teacher, for training and validation rows; `example_rows` as in `tokenize_run`."""
         objective = config.objective
         sees = objective.teacher_sees if isinstance(objective, DistillConfig) else None
         context = (sees.context if sees is not None else None) or config.evaluation.context
         train, validation = (with_contexts(context, part, library) for part in (splits.train, splits.validation))
+        examples = train if example_rows is None else with_contexts(context, example_rows, library)
         prompt_format = PromptFormat()
         if sees is not None:
             instruction = config.evaluation.instruction if sees.instruction else None
             if sees.example_selection == "similarity":
                 # one more, because the nearest question to a training row is its own
-                prompt_format = PromptFormat(instruction, nearest_shots=nearest_shots(train, sees.shots + 1))
+                prompt_format = PromptFormat(instruction, nearest_shots=nearest_shots(examples, sees.shots + 1))
             else:
-                shots = choose_shots(train, sees.shots, config.seed, sees.example_selection or "random")
+                shots = choose_shots(examples, sees.shots, config.seed, sees.example_selection or "random")
                 prompt_format = PromptFormat(instruction, shots)
         records: dict[Source, tuple[Records, int]] = {}
         for part in (train, validation):
