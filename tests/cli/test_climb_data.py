@@ -254,3 +254,19 @@ def test_chosen_instructions_need_no_validation_rows_of_a_rung(
     code, _, err = climb(capsys, config, rungs, *settings, instructions=["Say which fruit it is."])
     assert code == 0, err
     assert manifest(tmp_path / "run" / "rungs" / "made")["data"]["splits"]["train"]["rows"] == MADE
+
+
+def test_all_rungs_read_the_questions_in_one_way(config: Path, made: Path, tmp_path: Path, capsys: Any) -> None:
+    """Control tokens in a question are text, as the section `data` says, whatever a rung's own rows are read with."""
+    rows = [{"question": f"what is in box {i}<|im_end|>?", "answer": "apples" if i % 2 else "pears"} for i in range(80)]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rungs = ["lora", {"kind": "lora", "name": "made", **own(str(made), control_tokens="keep")}]
+    settings = (f"data={{path: {asked}, test: 0.25}}", "training.max_steps=1")
+    code, ladder, err = climb(capsys, config, rungs, *settings)
+    assert code == 0, err
+    first, second = (row["prompt_tokens"] for row in ladder["rows"])
+    assert first == second
+    (tmp_path / "run" / "rungs" / "made" / "result.json").unlink()  # and opened again, after a stop
+    code, ladder, err = climb(capsys, config, rungs, *settings)
+    assert code == 0 and ladder["rows"][1]["prompt_tokens"] == first, err

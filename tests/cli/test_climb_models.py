@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from processes import inside
+from rung.commands.climb_models import ClimbModels
+from rung.config.io import load_config
 from rung.config.model import ModelConfig
 from rung.models.license import base_license, card_license
 from rung.runs import checks, load
@@ -78,7 +80,7 @@ def test_each_rung_is_what_a_ladder_of_its_base_alone_measures(
         ),
     }
     for suffix, ladder in alone.items():
-        assert "models" not in ladder or ladder["models"] == []
+        assert ladder["models"] == []
         for name, row in rows_of(ladder).items():
             for key in ("scores", "prompt_tokens", "trainable_parameters", "sees"):
                 assert rows[name + suffix][key] == row[key], (name, key)
@@ -336,3 +338,15 @@ def test_licenses_are_read_and_never_guessed(tmp_path: Path, tiny_base: Path, ot
     ):
         card.write_text(text)
         assert card_license(card) == license
+
+
+def test_each_base_keeps_the_arithmetic_that_it_began_with(config: Path, tiny_base: Path, other_base: Path) -> None:
+    """`auto` of one base is not the setting of another."""
+    rungs = [{"kind": "zero_shot"}, {"kind": "zero_shot", "model": {"name": str(other_base), "dtype": "auto"}}]
+    settings = (f"climb={json.dumps({'rungs': rungs})}", f"model={{name: {tiny_base}, dtype: float32}}")
+    run = load_config(config, settings).config
+    recorded = {"compute_dtype": "float32", "matmul": "blas", "compute_dtype of tiny-qwen": "bfloat16"}
+    models = ClimbModels(run, recorded)
+    kept = {title: models.with_recorded_arithmetic(models.config_on(title), title).model for title in models.titles}
+    assert (kept["tiny-llama"].dtype, kept["tiny-llama"].matmul) == ("float32", "blas")
+    assert (kept["tiny-qwen"].dtype, kept["tiny-qwen"].matmul) == ("bfloat16", "auto")

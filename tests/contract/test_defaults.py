@@ -10,10 +10,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-import rung.config.run  # noqa: F401 - defines every config class
 from rung.config.base import Config
+from rung.config.climb import RungConfig
+from rung.config.climb_runs import rung_data
 from rung.config.method import METHOD_CONFIGS, SUBTRACTED_INITS, BottleneckConfig, Init, MixtureConfig
 from rung.config.objective import GrpoConfig, PreferenceConfig, PreferenceLoss
+from rung.config.run import RunConfig
 from rung.methods.registry import METHODS
 from rung.objectives.registry import OBJECTIVES
 
@@ -84,6 +86,11 @@ def dependent() -> dict[str, Any]:
         found[f"beta, `loss: {loss}`"] = preference.resolved_beta
         if loss in ("dpo", "orpo"):
             found[f"sft, `loss: {loss}`"] = preference.sft_weight
+    own: dict[str, Any] = {"name": "r", "data": {"path": "made.jsonl"}}
+    climb = RunConfig.model_validate({"data": {"path": "a.jsonl"}, "output": "o"})
+    tuned, shown = (rung_data(climb, RungConfig(kind=kind, **own)) for kind in ("lora", "few_shot"))
+    found["validation of a rung's own `data`"], found["test of a rung's own `data`"] = tuned.validation, tuned.test
+    found["validation of a few_shot rung's own `data`"] = shown.validation
     for variant in ("grpo", "dr_grpo", "rloo"):
         found[f"beta, `loss: {variant}`"] = GrpoConfig(loss=variant, reward=EXACT).kl_weight
     return found

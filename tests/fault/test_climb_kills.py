@@ -22,6 +22,7 @@ CLIMB = {
     "on_top": [{"base_rung": "lora", "objective": {"kind": "sft"}}],
 }
 KILLS = 10
+MIXED_KILLS = 5
 
 
 @pytest.fixture
@@ -45,24 +46,44 @@ def said(run: Path) -> list[dict[str, Any]]:
         "score",
         "disk_bytes",
     )
-    rows = (*ladder["rows"], *ladder["curve"])
+    rows = (*ladder["rows"], *ladder.get("curve", ()))
     kept = [{name: row[name] for name in (*measured, "score") if name in row} for row in rows]
-    return [*kept, {"verdict": ladder["verdict"], "diagnoses": ladder["diagnoses"]}]
+    models = [(model["model"], model["parameters"], model.get("license")) for model in ladder["models"]]
+    return [*kept, {"verdict": ladder["verdict"], "diagnoses": ladder["diagnoses"], "models": models}]
 
 
 def test_killed_ten_times_at_random(zygote: Zygote, config: Path, tmp_path: Path) -> None:
-    config.write_text(config.read_text() + f"climb: {json.dumps(CLIMB)}\n")
+    ends_as_one_that_was_left_alone(zygote, config, tmp_path, CLIMB, KILLS)
+
+
+def test_killed_between_bases_and_rows_of_single_rungs(
+    zygote: Zygote, config: Path, other_base: Path, tmp_path: Path
+) -> None:
+    rows = [{"context": f"crate {i}", "question": f"which fruit, {i}?", "answer": "apples"} for i in range(40)]
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"data": {"path": str(tmp_path / "made.jsonl")}}
+    other = {"model": {"name": str(other_base)}}
+    rungs = ["zero_shot", {"kind": "few_shot", **own, **other}, {"kind": "lora", "name": "made", **own}]
+    rungs.append({"kind": "lora", "name": "made on the other", **own, **other})
+    on_top = [{"base_rung": "made on the other", "objective": {"kind": "sft"}}]
+    ends_as_one_that_was_left_alone(zygote, config, tmp_path, {"rungs": rungs, "on_top": on_top}, MIXED_KILLS)
+
+
+def ends_as_one_that_was_left_alone(
+    zygote: Zygote, config: Path, tmp_path: Path, climb: dict[str, Any], kills: int
+) -> None:
+    config.write_text(config.read_text() + f"climb: {json.dumps(climb)}\n")
     settings = ("training.max_steps=4", "data.validation=0.2", "training.checkpoint_every=1")
     began = time.monotonic()
     assert zygote.run("climb", config, *settings, f"output={tmp_path / 'whole'}") == 0, zygote.log.read_text()[-3000:]
     took = time.monotonic() - began
     run, chance, landed = tmp_path / "other", np.random.default_rng(5), 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         child = zygote.start("climb", config, *settings, f"output={run}")
         # early at first: the whole climb is timed beside other tests, and without them ends before a late kill
         time.sleep(chance.uniform(0.05, 0.12 if landed < 3 else 0.3) * took)
         os.kill(child, signal.SIGKILL)
         landed += zygote.wait(child) == -signal.SIGKILL
-    assert landed >= 3  # later ones find less and less to do
+    assert landed >= min(3, kills - 2)  # later ones find less and less to do
     assert zygote.run("climb", config, *settings, f"output={run}") == 0, zygote.log.read_text()[-3000:]
     assert said(run) == said(tmp_path / "whole")

@@ -58,7 +58,7 @@ def test_names_of_rungs_and_of_bases() -> None:
         on(name="owner/base"),
         {**on(name="models/base"), "name": "folder"},
         {**on(dtype="float32"), "name": "wide"},
-        on(student_of="x/big.gguf"),
+        on(student_of="x/big.gguf", template="plain"),
         {**on(name="small", dtype="auto"), "name": "same as the section"},
         model={"name": "small"},
     )

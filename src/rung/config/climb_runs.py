@@ -56,18 +56,25 @@ def rung_data(config: RunConfig, rung: RungConfig) -> DataConfig:
 def model_titles(config: RunConfig) -> dict[str, str]:
     """Of each rung, by its label, a short name of its base; equal names are equal settings.
 
-    The last part of the model's name where no other base of the ladder has the same, with the rung's further settings.
+    The last part of the model's name, or all of it where two bases would be called the same; where one base stands in
+    the ladder with several settings, those of the rung behind it.
     """
     models = {rung.label: rung_model(config, rung) for rung in config.climb.rungs}
-    bases = {label: model.student_of or model.name for label, model in models.items()}
+    distinct = {model.model_dump_json(): _base_name(model) for model in models.values()}
     titles: dict[str, str] = {}  # by the settings, as JSON
     for rung in config.climb.rungs:
-        base, model = bases[rung.label], models[rung.label]
-        is_unique = {name for name in bases.values() if base_title(name) == base_title(base)} == {base}
-        others = [f"{name} {value}" for name, value in rung.model.items() if name not in ("name", "student_of")]
-        title = ("student of " if model.student_of else "") + (base_title(base) if is_unique else base)
-        titles.setdefault(model.model_dump_json(), ", ".join([title, *others]))
+        model = models[rung.label]
+        base, names = _base_name(model), set(distinct.values())
+        is_short = [name for name in names if base_title(name) == base_title(base)] == [base]
+        title = ("student of " if model.student_of else "") + (base_title(base) if is_short else base)
+        own = [f"{name} {value}" for name, value in rung.model.items() if name not in ("name", "student_of")]
+        has_variants = list(distinct.values()).count(base) > 1
+        titles.setdefault(model.model_dump_json(), ", ".join([title, *(own if has_variants else ())]))
     return {label: titles[model.model_dump_json()] for label, model in models.items()}
+
+
+def _base_name(model: ModelConfig) -> str:
+    return model.student_of or model.name
 
 
 def on_top_run_config(config: RunConfig, on_top: OnTopConfig, base_run: str, output: str, seed: int) -> RunConfig:
