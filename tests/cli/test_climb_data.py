@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside
+from rung.commands.climb_data import ClimbData
+from rung.config.io import parse_config
 from rung.runs.teacher import TeacherPrompts
 from rung.training.run_folder import read_items
 from rung.types import Message, Record
@@ -270,3 +272,19 @@ def test_all_rungs_read_the_questions_in_one_way(config: Path, made: Path, tmp_p
     (tmp_path / "run" / "rungs" / "made" / "result.json").unlink()  # and opened again, after a stop
     code, ladder, err = climb(capsys, config, rungs, *settings)
     assert code == 0 and ladder["rows"][1]["prompt_tokens"] == first, err
+
+
+def test_rows_that_are_not_scored_need_nothing_of_a_metric(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs are run against the tests of the climb's rows; made rows without tests can still be learned from."""
+    monkeypatch.setattr("rung.runs.dataset.require_isolation", lambda _: None)
+    asked = tmp_path / "programs.jsonl"
+    rows = [
+        {"question": f"add {i}", "answer": "def f(x): ...", "tests": [f"assert f(1) == {i + 1}"]} for i in range(40)
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rung = {"kind": "lora", "name": "made", **own(str(made))}
+    sections = {"data": {"path": str(asked)}, "evaluation": {"metrics": ["code"]}, "output": "o"}
+    run = parse_config({**sections, "climb": {"rungs": [rung]}})
+    assert len(ClimbData(run).splits_of(run.climb.rungs[0]).train) > MADE / 2

@@ -136,11 +136,20 @@ def test_one_base_is_in_memory_at_a_time(
         return base
 
     monkeypatch.setattr(load, "load_base", noted)
+    at_reset: list[list[str]] = []
+
+    def reset(device: Any) -> None:
+        gc.collect()
+        at_reset.append([name for name, reference in loaded if reference() is not None])
+
+    monkeypatch.setattr("rung.commands.climb.reset_peak_memory", reset)
     on_other = {"model": {"name": str(other_base)}}
     rungs = ["zero_shot", {"kind": "zero_shot", **on_other}, {"kind": "lora", **on_other}, "lora"]
     on_top = [{"base_rung": "lora on tiny-qwen", "objective": {"kind": "sft"}}]
     climb(rungs, "training.max_steps=1", "evaluation.limit=4", on_top=on_top)
     assert set(alive) == {0}, list(zip(loaded, alive, strict=True))
+    # the peak of an untuned rung has no other base in it
+    assert at_reset == [["tiny-llama"], []]
     # checked from the last to the first; an untuned and a tuned rung of one base share what was loaded
     names = [name for name, _ in loaded]
     assert names[:4] == ["tiny-qwen", "tiny-llama", "tiny-qwen", "tiny-llama"]

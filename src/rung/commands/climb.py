@@ -283,10 +283,11 @@ class Climb:
 
     def _measure_untuned(self, rung: RungConfig, folder: Path) -> None:
         """Score the base with the rung's prompt. The instruction rung also chooses the instruction, on validation."""
+        title = self._models.title(rung)
         self._models.refuse_if_too_large(rung)
+        self._models.release_others(title)
         # Without a reset the peak would include the training of an earlier rung.
         reset_peak_memory(device())
-        title = self._models.title(rung)
         model = LoadedRun(Policy(self._models.pristine(title), NoMethod()), self._tokens.chats[title])
 
         cost: dict[str, Any] = {"trainable_parameters": 0, "train_seconds": 0.0}

@@ -52,13 +52,14 @@ class ClimbData:
 
     def read_own_splits(self, data: DataConfig, where: str) -> Splits:
         """The rows of a section `data` of a rung's own, with the test split of the climb."""
-        splits = read_splits(self.config.model_copy(update={"data": data}))
+        splits = _read_rows(self.config.model_copy(update={"data": data}))
         return replace(self._without_test_rows(data, splits, where), test=self.splits.test)
 
     def read_on_top(self, config: RunConfig, on_top: OnTopConfig) -> Splits:
         """The rows of a run on top of a tuned one; `config` is its run."""
-        splits = read_splits(config)
-        return self._without_test_rows(config.data, splits, f"climb.on_top {on_top.label}") if on_top.data else splits
+        if not on_top.data:
+            return read_splits(config)
+        return self._without_test_rows(config.data, _read_rows(config), f"climb.on_top {on_top.label}")
 
     def check_on_top_rows(self, on_top: OnTopConfig) -> None:
         """Raise `DataError` or `ConfigError` for a rung on top whose rows cannot be used or are rows of the test."""
@@ -101,6 +102,12 @@ class ClimbData:
 
     def _indices_of_test_prompts(self, records: Records) -> list[int]:
         return [i for i, record in enumerate(records) if tuple(prompt_words(record)) in self._test_prompts]
+
+
+def _read_rows(config: RunConfig) -> Splits:
+    """The splits of rows that are trained on and shown, but never scored: no metric asks anything of them."""
+    evaluation = config.evaluation.model_copy(update={"metrics": ("exact",)})
+    return read_splits(config.model_copy(update={"evaluation": evaluation}))
 
 
 def _without(records: Records, indices: list[int]) -> Records:

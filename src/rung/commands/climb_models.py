@@ -102,12 +102,16 @@ class ClimbModels:
             model = self.with_recorded_arithmetic(self.config_on(title), title).model
             checks.refuse_base_if_too_large(model, device())
 
-    def pristine(self, title: str) -> BaseModel:
-        """A base that no rung has trained; loaded again if the last one was used, or is another."""
+    def release_others(self, title: str) -> None:
+        """Forget another base and give its memory back, so that it is not in the peak of a rung on this one."""
         if self._cached is not None and self._cached[0] != title:
             self.release()
             gc.collect()  # a model holds itself in circles
             return_freed_memory()
+
+    def pristine(self, title: str) -> BaseModel:
+        """A base that no rung has trained; loaded again if the last one was used, or is another."""
+        self.release_others(title)
         if self._cached is None:
             config = self.with_recorded_arithmetic(self.config_on(title), title)
             self._cached = title, load_base_on_device(config.model)
