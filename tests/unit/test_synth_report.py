@@ -9,7 +9,7 @@ from rung.results import SynthCost, SynthResult
 
 
 def test_what_a_model_writes_is_text_in_the_page(tmp_path: Path) -> None:
-    """No markup of a teacher is the page's own, escape sequences are visible, and the same folder gives the same bytes."""
+    """Markup and escape sequences are shown, not obeyed, and the same folder gives the same bytes."""
     cost = SynthCost(requests=3, failed=0, prompt_tokens=9, answer_tokens=9, uncounted=0, seconds=1.0)
     counts = {"rows": 1, "wanted": 2, "tried": 3, "rejected": {"length": 1, "refusals": 1}}
     result = SynthResult(output="made/rows.jsonl", cost=cost, diversity=1.0, compared_questions=1, **counts)
