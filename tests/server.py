@@ -6,7 +6,8 @@ RULES is a JSON object, read anew at every request: `fail` names, by a word of t
 and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to, or {"body": ...}, which is sent as it is); `key` is
 the key that is asked for; `slow` seconds pass before an answer; with `judge` it prefers the answer with more apples in
 it, and writes no verdict on box 6; with `teach` it writes questions about boxes and answers them, drawn by what it was
-asked, some of them refusals and repetitions.
+asked, some of them refusals; with `think` it writes reasoning before them, with `single` it gives one answer whatever
+`n` is.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(307, b"", Location=how)
         elif how is None:
             said = [verdict(question)] if rules.get("judge") else taught(asked) if rules.get("teach") else None
-            self._send(200, json.dumps(answer(asked, asked.get("n", 1), said)).encode())
+            said = [f"<think>hm, {text}</think>\n\n{text}" for text in said] if said and rules.get("think") else said
+            count = 1 if rules.get("single") else asked.get("n", 1)
+            self._send(200, json.dumps(answer(asked, count, said)).encode())
         else:
             self._send(int(how), json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode())
 

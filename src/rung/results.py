@@ -435,7 +435,8 @@ class SynthResult(Result):
 
     output: str
     rows: int
-    wanted: int
+    wanted: int | None = None
+    """Rows that were asked for; None where every seed was answered."""
     tried: int
     """Questions that were tried."""
     rejected: dict[str, int]

@@ -11,6 +11,8 @@ import pytest
 
 from loopback import Local
 from processes import inside
+from rung.config.synth import FiltersConfig
+from rung.synth.filters import check_length
 
 FOUR = [
     ("How many apples are in the red box of the shop?", "There are twelve apples in it."),
@@ -240,8 +242,112 @@ def test_a_question_that_must_never_occur(teach: Path, seeds: Path, tmp_path: Pa
     settings = (f"synth.never=['{tmp_path / 'test.jsonl'}']", f"output={tmp_path / 'clean'}")
     assert inside(capsys, "synth", "teach", teach, *settings)[0] == 0
     assert first["question"] not in (tmp_path / "clean" / "rows.jsonl").read_text()
+    # a question of the test is one with the passage of a document before it, too
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("There is a cellar.")
+    about = (f"synth.documents={tmp_path / 'docs'}", "synth.filters.grounded=false", "synth.rows=2")
+    assert inside(capsys, "synth", "teach", teach, *about, f"output={tmp_path / 'about'}")[0] == 0
+    asked = lines(tmp_path / "about" / "rows.jsonl")[0]["question"]
+    (tmp_path / "bare.jsonl").write_text(json.dumps({"question": asked, "answer": "x"}) + "\n")
+    bare = (*about, f"synth.never=['{tmp_path / 'bare.jsonl'}']", f"output={tmp_path / 'bare'}")
+    assert inside(capsys, "synth", "teach", teach, *bare)[0] == 0
+    assert asked not in (tmp_path / "bare" / "rows.jsonl").read_text()
     (left_out,) = [r for r in lines(tmp_path / "clean" / "rejected.jsonl") if r["filter"] == "leak"]
     assert left_out["question"] == first["question"] and "test.jsonl line 1" in left_out["reason"]
+
+
+@pytest.mark.parametrize("status", [402, 429, 503])
+def test_an_outage_is_no_answer(status: int, teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """It was kept as a failure of each request, and used up all attempts for ever."""
+    local.rule(teach=True, fail={"new": [10_000, status]})
+    code, _, err = inside(capsys, "synth", "teach", teach)
+    assert code == 3 and "answers nobody" in err and "the same command continues" in err, err
+    local.rule(teach=True)
+    code, out, err = inside(capsys, "synth", "teach", teach, "--json")
+    assert code == 0 and json.loads(out)["cost"]["failed"] == 0, err
+
+
+def test_a_server_that_is_down_stops_the_command(teach: Path, local: Local, capsys: Any) -> None:
+    """One request that ends in 500 fails alone, eight in a row are a server that is down."""
+    local.rule(teach=True, fail={"new": [10_000, 500]})
+    code, _, err = inside(capsys, "synth", "teach", teach)
+    assert code == 3 and "the server fails" in err, err
+    local.rule(teach=True)
+    assert inside(capsys, "synth", "teach", teach)[0] == 0
+
+
+def test_reasoning_stays_out_of_rows(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    local.rule(teach=True, think=True)
+    assert inside(capsys, "synth", "teach", teach)[0] == 0
+    assert "think" not in (tmp_path / "made" / "rows.jsonl").read_text()
+    assert all("think" not in json.dumps(request["asked"]) for request in local.requests())
+
+
+def test_a_server_that_gives_one_answer_at_a_time(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """Ollama ignores `n`: the missing answers are asked for with other seeds."""
+    local.rule(teach=True, single=True)
+    reward = tmp_path / "reward.py"
+    reward.write_text("def longer(answer, row):\n    return float(len(answer))\n")
+    verifier = f"synth.selection={{samples: 3, verifier: {{kind: function, path: '{reward}:longer'}}}}"
+    code, out, err = inside(capsys, "synth", "teach", teach, "synth.makes=preferences", verifier, "--json")
+    assert code == 0 and len(lines(tmp_path / "made" / "rows.jsonl")) == 12, err
+    cost, requests = json.loads(out)["cost"], [r for r in local.requests() if r["how"] is None]
+    assert cost["answer_tokens"] == 9 * len(requests) > 9 * cost["requests"]
+
+
+def test_a_judge_decides_only_if_people_agree_with_it(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """Its agreement is measured once, before anything is written."""
+    pairs = [
+        {"question": f"q {i}", "first": "apples and apples" if i % 2 else "no", "second": "none", "human": "tie"}
+        for i in range(30)
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    judge = f"{{model: big, server: '{local.url}', human_labels: {tmp_path / 'labels.jsonl'}}}"
+    settings = (f"synth.selection={{samples: 2, judge: {judge}}}",)
+    local.rule(teach=True, judge=True)
+    code, _, err = inside(capsys, "synth", "teach", teach, *settings)
+    assert code == 3 and "this judge is not trusted" in err and not (tmp_path / "made").exists(), err
+
+
+def test_what_stands_in_the_way_of_a_folder(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """Rows that are gone are written again, edited ones are not overwritten, and another teacher may follow."""
+    assert inside(capsys, "synth", "teach", teach)[0] == 0
+    rows = tmp_path / "made" / "rows.jsonl"
+    text, asked = rows.read_text(), len(local.requests())
+    rows.unlink()
+    assert inside(capsys, "synth", "teach", teach)[0] == 0 and rows.read_text() == text
+    assert len(local.requests()) == asked
+    rows.write_text(text + text)
+    code, _, err = inside(capsys, "synth", "teach", teach)
+    assert code == 3 and "rows of another hand" in err
+    other = f"synth.teacher={{model: other, server: '{local.url}'}}"
+    assert inside(capsys, "synth", "teach", teach, other, "--overwrite")[0] == 0
+    assert len(list((tmp_path / "made").glob("journal-*.jsonl"))) == 2
+    code, _, err = inside(capsys, "synth", "teach", teach, f"output={rows}")
+    assert code == 3 and "this is a file" in err
+
+
+def test_seeds_as_people_have_them(teach: Path, seeds: Path, tmp_path: Path, capsys: Any) -> None:
+    """Chinese has no spaces between words; earlier turns are counted; tools are refused."""
+    chinese = [{"question": f"第{i}家公司的年收入是多少?", "answer": f"是{i}亿元"} for i in range(4)]
+    seeds.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chinese))
+    settings = ("synth.filters.language=false", f"output={tmp_path / 'zh'}")
+    assert inside(capsys, "synth", "teach", teach, *settings)[0] == 0
+    assert check_length("第一家公司的年收入是多少", FiltersConfig()) is None
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    seeds.write_text(json.dumps({"messages": turns}) + "\n")
+    code, _, err = inside(
+        capsys, "synth", "teach", teach, "synth.filters.language=false", f"output={tmp_path / 'chat'}"
+    )
+    assert code == 0 and "1 of 1 seeds have turns before their question" in err
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    seeds.write_text(json.dumps({"messages": turns, "tools": [tool]}) + "\n")
+    code, _, err = inside(capsys, "synth", "teach", teach)
+    assert code == 2 and "this seed offers tools" in err
 
 
 @pytest.mark.parametrize(
@@ -256,6 +362,9 @@ def test_a_question_that_must_never_occur(teach: Path, seeds: Path, tmp_path: Pa
         (("synth.selection.verifier={kind: exact}",), "made questions have none"),
         (("synth.selection.judge={model: x}", "synth.selection.samples=2"), "only after its agreement with people"),
         (("synth.teacher={model: x, stop: [a], server: 'http://127.0.0.1:9/v1'}",), "ends its answers itself"),
+        (("synth.rows=null",), "rows is missing"),
+        (("synth.filters={min_words: 20, max_words: 5}",), "at most max_words"),
+        (("synth.attributes={reader: ['']}",), "an empty one"),
         (("synth.rovs=3",), "did you mean synth.rows?"),
         (("synth.filters.novelti=3",), "did you mean synth.filters.novelty?"),
         (("model.name=smol",), "is not a setting of rung synth"),

@@ -63,8 +63,7 @@ def sweep(zygote: Zygote, local: Local, folder: Path, kills: int) -> list[int]:
         os.kill(child, signal.SIGKILL)
         zygote.wait(child)
         time.sleep(0.1)  # what was on its way is no longer waited for
-        journal = output / "journal.jsonl"
-        kept.append(max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0)
+        kept.append(sum(max(0, journal.read_bytes().count(b"\n") - 1) for journal in output.glob("journal-*.jsonl")))
         assert zygote.run("synth", "teach", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
         assert (output / "rows.jsonl").read_bytes() == expected
         assert (output / "rejected.jsonl").read_bytes() == rejected

@@ -52,6 +52,10 @@ LIMITS = CodeLimitsConfig(timeout_seconds=30.0)
         ("use `x` and ```y```", "use `x` and ```y```"),
         ("```python\n```", "\n"),
         ("", ""),
+        # an example of use or its output behind the program is not the program
+        ("```python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```\n```\n1\n```", "def f(): pass\n"),
+        ("```python\nx = 1\n```\nprints\n```\n1\n```", "x = 1\n"),
+        ("```python\ndef f(): pass\n```\nor\n```\nclass A: pass\n```", "class A: pass\n"),
     ],
 )
 def test_the_program_of_an_answer(answer: str, program: str) -> None:
@@ -80,7 +84,7 @@ def get(row: dict[str, Any]) -> Callable[[str], Any]:
             CodeTests("def check(c): assert c(1)\ncheck(f)"),
         ),
         ({"tests": "for x in (1, 2):\n    if f(x): raise ValueError"}, ...),
-        ({"tests": "unittest.main()"}, ...),
+        ({"tests": "def main(): assert f(1)\nmain()"}, ...),
     ],
 )
 def test_the_tests_of_a_row(row: dict[str, Any], tests: Any) -> None:
@@ -101,6 +105,10 @@ def test_the_tests_of_a_row(row: dict[str, Any], tests: Any) -> None:
         ({"tests": "def check(candidate):\n    assert candidate(1) == 2"}, "run nothing"),
         ({"tests": "class T(TestCase):\n    def test(self): self.assertTrue(f(1))"}, "run nothing"),
         ({"tests": "# nothing"}, "run nothing"),
+        # a wrong program passed: failures are counted, and nothing is raised
+        ({"tests": "import unittest\nunittest.main(exit=False)"}, "tests call unittest.main"),
+        ({"tests": "import doctest\ndoctest.testmod()"}, "tests call doctest.testmod"),
+        ({"tests": "unittest.TextTestRunner().run(suite)"}, "tests call unittest.TextTestRunner"),
         ({"tests": "import math\nx = 1\nf = lambda: g()"}, "run nothing"),
         ({"tests": "assert 1", "entry_point": "f(); x"}, "not the name of a function"),
         ({"tests": "assert 1", "entry_point": 7}, "not the name of a function"),

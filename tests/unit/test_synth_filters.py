@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from rung.data.deduplication import NearDuplicateIndex, jaccard
 from rung.scoring.metrics import rouge_l
 from rung.synth.filters import (
     LanguageFilter,
+    LeakFilter,
     NearDuplicateFilter,
     NoveltyFilter,
     check_answer_length,
@@ -19,6 +22,7 @@ from rung.synth.filters import (
     diversity,
 )
 from rung.synth.requests import final_answer
+from rung.types import Message, Record, Source
 
 WORDS = "what who where is was the a box pear plum cellar market red green baker miller counted carried".split()
 
@@ -87,6 +91,8 @@ def test_lengths_are_words() -> None:
             "Unfortunately, I can't assist with this.",
         ),
         *("I don't have access to the filing.", "I must respectfully decline.", "I won't write this."),
+        *("I'm just an AI model and can't do that", "Unfortunately, I won't be able to help with that."),
+        *("I apologize, but I cannot assist with this request.", "Sorry, I can't help you there."),
     ],
 )
 def test_refusals(text: str) -> None:
@@ -97,6 +103,8 @@ def test_refusals(text: str) -> None:
     "text",
     [
         *("Not disclosed", "He was sorry that the pears were gone.", "The company cannot pay its debt.", "No.", ""),
+        *("I'm sorry to hear that your parcel is late. We will send a new one.", "I am very sorry for your loss."),
+        *("I am afraid of spiders.", "I don't have access to a car.", "I cannot stress this enough: read it."),
         *("The AI market grew by 5%.", "I can help with that: add the two numbers.", "42 " * 80 + "I cannot help"),
     ],
 )
@@ -119,11 +127,30 @@ PASSAGE = (
         ),
         *(("Revenue was USD 1,300 million.", True), ("It rose by 5 percent.", True), ("In FY2021.", True)),
         *(("Ada Nyström leads Halden Mills.", False), ("It is led by Bruno Keller.", True), ("Its chief, Ada.", False)),
-        *(("They said nothing about it.", False), ("Yes. It did.", False), ("", False)),
+        *(("1. Halden Mills\n2. Ada Nyström", False), ("It is I who said so.", False), ("The CEO is Ada.", False)),
+        *(("It was on Monday.", True), ("They said nothing about it.", False), ("Yes. It did.", False), ("", False)),
     ],
 )
 def test_answers_say_no_number_and_no_name_that_their_passage_lacks(answer: str, left_out: bool) -> None:
     assert (check_grounded(answer, PASSAGE) is not None) == left_out
+
+
+def test_a_long_answer_of_many_names_is_read_in_linear_time() -> None:
+    started = time.perf_counter()
+    assert check_grounded("A b Ada " * 20_000, PASSAGE) is None
+    assert time.perf_counter() - started < 5.0
+
+
+def test_a_question_leaks_with_its_context_or_without_one() -> None:
+    def row(question: str, context: str | None) -> Record:
+        return Record((Message("user", question), Message("assistant", "")), Source("test", 1), context)
+
+    found = LeakFilter([row("What was it?", "Box one."), row("Where is it?", None)])
+    assert found.check(row("what was it", "box one")) is not None
+    assert found.check(row("What was it?", "Box two.")) is None  # the same words about something else
+    assert found.check(row("What was it?", None)) is not None
+    assert found.check(row("Where is it?", "Any box.")) is not None
+    assert found.check(row("Who is it?", None)) is None
 
 
 def test_the_language_of_the_seeds() -> None:
@@ -141,6 +168,10 @@ def test_the_language_of_the_seeds() -> None:
     assert few.check("Welche Firma hat in diesem Jahr den besten Umsatz gemacht und warum?") is None
     assert few.check("この会社の売上はいくらですか") is not None
     assert LanguageFilter(["この会社の売上は", "Revenue"]).check("会社の利益は") is None
+    assert LanguageFilter(["この会社の売上は"]).check("コンピューターとは何ですか") is None
+    # lists and code among the seeds' own answers: they are of their language
+    mixed = LanguageFilter([*seeds, *("1 2 3 4 5 6 7 8 9 10 11 12" for _ in range(15))])
+    assert mixed.check("20 21 22 23 24 25 26 27 28 29") is None
 
 
 def test_diversity_counts_distinct_pairs_of_words() -> None:

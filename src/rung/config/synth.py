@@ -84,6 +84,10 @@ class FiltersConfig(Config):
     grounded: bool = True
     """With `documents`: leave out answers with a number or a name that their passage does not hold."""
 
+    def _check(self) -> None:
+        if self.min_words > self.max_words:
+            raise ValueError("min_words is at most max_words, or no question could pass")
+
 
 class MakesConfig(Config):
     """The form of the rows. In YAML the kind alone is enough."""
@@ -147,8 +151,8 @@ class TeachConfig(Config):
     """The form of the rows."""
     attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Values to vary, for example {reader: [a beginner, an auditor]}: every request draws one of each."""
-    rows: PositiveInt = Field(default=...)
-    """Rows that are kept at the end; with `questions: seeds` at most the number of seeds."""
+    rows: PositiveInt | None = None
+    """Rows that are kept at the end. `questions: seeds` needs no number: every seed is answered once."""
     attempts: PositiveInt = 5
     """Questions that are tried at most for each row that is wanted."""
     examples: ExamplesConfig = ExamplesConfig()
@@ -171,6 +175,19 @@ class TeachConfig(Config):
     def _expand_makes(cls, makes: Any) -> Any:
         return {"kind": makes} if isinstance(makes, str) else makes
 
+    @field_validator("attributes", mode="before")
+    @classmethod
+    def _read_numbers(cls, attributes: Any) -> Any:
+        if not isinstance(attributes, dict):
+            return attributes
+        # YAML reads 10 as a number; an attribute is a word of the request
+        return {
+            name: [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in values]
+            if isinstance(values, list | tuple)
+            else values
+            for name, values in attributes.items()
+        }
+
     @property
     def samples_per_question(self) -> int:
         """The resolved `selection.samples`."""
@@ -181,11 +198,13 @@ class TeachConfig(Config):
             raise ValueError("the teacher needs something to begin with: task, seeds or documents")
         if self.questions == "seeds":
             self._check_answering()
+        elif self.rows is None:
+            raise ValueError("rows is missing: the number of rows to make")
         self._check_selection()
         if self.makes.kind == "labels" and not (self.makes.labels or self.seeds):
             raise ValueError("makes: labels needs `labels`, or seeds that hold them")
-        if empty := [name for name, values in self.attributes.items() if not values]:
-            raise ValueError(f"attribute {empty[0]!r} has no values")
+        if empty := [name for name, values in self.attributes.items() if not values or "" in values]:
+            raise ValueError(f"attribute {empty[0]!r} has no values, or an empty one")
 
     def _check_answering(self) -> None:
         if not self.seeds:

@@ -33,7 +33,11 @@ def parse_code_tests(get: Getter) -> CodeTests | None:
             raise DataError(f"entry_point is {short_repr(entry_point)}, not the name of a function")
         source += f"\ncheck({entry_point})"
     _parse(setup, "test_setup")
-    if not _runs_something(_parse(source, "tests")):
+    module = _parse(source, "tests")
+    if runner := _test_runner(module):
+        remedy = "write assertions, which end the program where one fails"
+        raise DataError(f"tests call {runner}, which counts failures and raises nothing: {remedy}")
+    if not _runs_something(module):
         remedy = "write assertions, or functions that are called; a function `check` is called with `entry_point`"
         raise DataError(f"tests run nothing, so that every program would pass them: {remedy}")
     return CodeTests(source, setup)
@@ -69,3 +73,19 @@ def _runs_something(module: ast.Module) -> bool:
         if not isinstance(node, _DEFINITIONS):
             nodes.extend(ast.iter_child_nodes(node))
     return False
+
+
+_RUNNERS = frozenset({"main", "TextTestRunner", "testmod", "testfile", "run_docstring_examples"})
+"""Functions of unittest, doctest and pytest that report failures, so that a wrong program would pass."""
+
+
+def _test_runner(module: ast.Module) -> str | None:
+    """The call of a test runner; None without one."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            first, _, last = name.rpartition(".")
+            is_of_runner = first in ("unittest", "doctest", "pytest", "nose") or not first
+            if last in _RUNNERS and is_of_runner and (first or last != "main"):
+                return name
+    return None

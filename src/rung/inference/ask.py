@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from rung.data.parsed_answer import parse_answer
 from rung.inference.journal import Journal
 from rung.models.generate import Sampling
 from rung.types import Message
@@ -39,6 +40,15 @@ class Answer:
     """True if the model ended the answer, False if it was truncated."""
     reasoning: str = ""
     """What the model wrote before the answer, where its template marks it."""
+
+
+def without_reasoning(answer: Answer) -> Answer:
+    """The answer with the reasoning before it set apart, where it stands in tags that models use.
+
+    A server without a parser of its own gives both in one text; reasoning that is never closed leaves an empty answer.
+    """
+    parsed = parse_answer(answer.text, "", stopped=answer.stopped, stop_texts=())
+    return Answer(parsed.text, answer.stopped, answer.reasoning or parsed.reasoning)
 
 
 @dataclass(frozen=True, slots=True)

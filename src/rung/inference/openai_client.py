@@ -41,6 +41,10 @@ DEFAULT_CONCURRENCY = 8
 """Concurrent requests by default."""
 _URL_HINT = "for example http://localhost:8000/v1 or https://api.openai.com/v1"
 NO_KEY = "none"
+OUTAGE_STATUSES = frozenset({402, 408, 409, 425, 429, 502, 503, 504})
+"""Statuses that say nothing about one request: an account without money or quota, a server that is overloaded."""
+MAX_ERRORS_IN_A_ROW = 8
+"""Requests in a row that end in an error of the server (500) before it counts as down."""
 _FAILED = "failed"
 """Name of the reason in the journal entry of a request that failed for good."""
 SENT_HEADERS = frozenset(
@@ -129,15 +133,22 @@ def _answer_concurrently(
     remaining = iter(requests.items())
     in_flight: dict[Future[Reply], str] = {}
     reasons: dict[str, str] = {}
+    errors_in_a_row = 0
 
     def take(future: Future[Reply]) -> None:
+        nonlocal errors_in_a_row
         key = in_flight.pop(future)
         try:
             reply = future.result()
         # only this request fails; every other error stops all of them
         except _RefusedError as error:
             reasons[key] = str(error)
+            errors_in_a_row = errors_in_a_row + 1 if error.is_of_server else 0
+            if errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
+                hint = "the answers so far are kept: the same command continues"
+                raise CheckpointError(f"the server fails: {error}", where=server.url, hint=hint) from None
         else:
+            errors_in_a_row = 0
             on_reply(key, reply)
 
     with closing(client), ThreadPoolExecutor(server.concurrency) as pool:
@@ -145,7 +156,7 @@ def _answer_concurrently(
             # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
             while True:
                 for key, request in islice(remaining, QUEUED_PER_WORKER * server.concurrency - len(in_flight)):
-                    in_flight[pool.submit(_ask_one, client, server, request)] = key
+                    in_flight[pool.submit(_ask_for_all, client, server, request)] = key
                 if not in_flight:
                     return reasons
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
@@ -159,6 +170,11 @@ def _answer_concurrently(
 
 class _RefusedError(Exception):
     """The server rejects one request for good; others may succeed."""
+
+    def __init__(self, reason: str, *, is_of_server: bool = False) -> None:
+        super().__init__(reason)
+        self.is_of_server = is_of_server
+        """Whether it is an error of the server, which a server that is down gives to every request."""
 
 
 def _make_client(server: Server) -> Any:
@@ -212,7 +228,12 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
             target = error.response.headers.get("location")
             summary, hint = "the server redirects, which is not followed", "give the URL that answers"
             raise ConfigError(summary, where=server.url, given=target, hint=hint) from None
-        raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
+        if error.status_code in OUTAGE_STATUSES:
+            summary = f"the server answers nobody, after {server.retries} further tries: {clean(error)}"
+            hint = "the answers so far are kept: the same command continues"
+            raise CheckpointError(summary, where=server.url, given=error.status_code, hint=hint) from None
+        reason, is_of_server = f"{type(error).__name__}: {clean(error)}", error.status_code >= 500
+        raise _RefusedError(reason, is_of_server=is_of_server) from None
     except openai.OpenAIError as error:
         raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
     except (ValueError, RecursionError) as error:
@@ -220,6 +241,23 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
     prompt_tokens, answer_tokens = _token_counts(answer)
     answers = _parse_answers(answer, int(request["n"]))
     return Reply(answers, prompt_tokens, answer_tokens, time.perf_counter() - start_time)
+
+
+def _ask_for_all(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
+    """The reply with all answers: a server that gives fewer than `n` is asked again, with other seeds."""
+    reply, asked = _ask_one(client, server, request), 1
+    while (missing := request["n"] - len(reply.answers)) > 0:
+        further = _ask_one(client, server, {**request, "n": missing, "seed": (request["seed"] + asked) % 2**31})
+        asked += 1
+        prompt_tokens = _sum(reply.prompt_tokens, further.prompt_tokens)
+        answer_tokens = _sum(reply.answer_tokens, further.answer_tokens)
+        answers, seconds = (*reply.answers, *further.answers), reply.seconds + further.seconds
+        reply = Reply(answers, prompt_tokens, answer_tokens, seconds)
+    return reply
+
+
+def _sum(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
 
 
 def _is_openai(url: str) -> bool:
@@ -268,13 +306,14 @@ def _token_counts(answer: Any) -> tuple[int | None, int | None]:
     return first, second
 
 
-def _parse_answers(answer: Any, expected_count: int) -> tuple[Answer, ...]:
+def _parse_answers(answer: Any, most: int) -> tuple[Answer, ...]:
+    """One answer at least and `most` at most: some servers, Ollama among them, ignore `n`."""
     # the client does not check types: of a server that answers in another form any value may come
     choices = getattr(answer, "choices", None)
     choices = choices if isinstance(choices, list) else []
     texts = [_text_of(getattr(getattr(choice, "message", None), "content", None)) for choice in choices]
-    if len(texts) != expected_count or None in texts:
-        raise _RefusedError(f"{len(texts)} answers where {expected_count} were asked for, or one without text")
+    if not 0 < len(texts) <= most or None in texts:
+        raise _RefusedError(f"{len(texts)} answers where {most} were asked for, or one without text")
     return tuple(
         Answer(str(text), getattr(choice, "finish_reason", None) == "stop")
         for text, choice in zip(texts, choices, strict=True)

@@ -26,7 +26,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 def write_teach_page(folder: Path, result: SynthResult, config: Mapping[str, Any], rows: Rows, rejected: Rows) -> None:
     """Write `report.html` about rows that a teacher wrote."""
-    is_enough = result.rows >= result.wanted
+    is_enough = result.wanted is None or result.rows >= result.wanted
     cost = result.cost
     facts = {
         "teacher": config["synth"]["teacher"]["model"],

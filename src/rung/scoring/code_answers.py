@@ -7,7 +7,7 @@ mean of the metric over greedy answers is pass@1; `stats.pass_at_k` estimates pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rung.config.code import CodeLimitsConfig
 from rung.errors import DataError
@@ -18,15 +18,30 @@ CODE = "code"
 """Name of the metric and of the reward."""
 PYTHON_LABELS = frozenset({"", "python", "python3", "py"})
 """What stands behind the opening fence of a block that is a program, in lower case."""
+_DEFINITION = re.compile(r"^\s*(?:async\s+def|def|class)\s+\w", re.MULTILINE)
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\s]*)[^`]*")
 
 
 def extract_program(answer: str) -> str:
-    """The last fenced block of an answer that is labeled as Python or not at all; without one the whole answer.
+    """The program of an answer: the last fenced block that defines a function or a class.
+
+    Models often write an example of use or its output behind it. Where no block defines anything it is the last one
+    that is labeled as Python, else the last without a label; without any block the whole answer.
+    """
+    blocks = list(_blocks(answer))
+    defining = [text for _, text in blocks if _DEFINITION.search(text)]
+    labeled = [text for label, text in blocks if label]
+    for candidates in (defining, labeled, [text for _, text in blocks]):
+        if candidates:
+            return candidates[-1]
+    return answer
+
+
+def _blocks(answer: str) -> Iterator[tuple[str, str]]:
+    """Label and text of each fenced block that is labeled as Python or not at all.
 
     A block that is never closed ends with the answer: it was truncated, or a stop text took its closing fence.
     """
-    program: list[str] | None = None
     block: list[str] = []
     fence = label = ""
     for line in answer.splitlines():
@@ -35,12 +50,13 @@ def extract_program(answer: str) -> str:
             if match is not None:
                 fence, label, block = match[1], match[2].lower(), []
         elif match is not None and match[1].startswith(fence) and not match[2]:
-            program, fence = block if label in PYTHON_LABELS else program, ""
+            fence = ""
+            if label in PYTHON_LABELS:
+                yield label, "\n".join(block) + "\n"
         else:
             block.append(line)
     if fence and label in PYTHON_LABELS:
-        program = block
-    return answer if program is None else "\n".join(program) + "\n"
+        yield label, "\n".join(block) + "\n"
 
 
 def run_answers(answers: Sequence[str], tests: Sequence[CodeTests], limits: CodeLimitsConfig) -> list[ProgramResult]:

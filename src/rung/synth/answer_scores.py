@@ -101,7 +101,16 @@ def _reward_scorer(run: Path) -> ScoreAnswers:
 
 
 def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnswers:
-    """Share of the comparisons that an answer wins, a tie counts half: every pair is compared in both orders."""
+    """Share of the comparisons that an answer wins, a tie counts half: every pair is compared in both orders.
+
+    The agreement of the judge with people is measured once, before it decides. Raises `PlanError` if it is too low.
+    """
+    agreement = judge_pairs(config, []).result.trust
+    if not agreement.trusted:
+        hint = "name another judge, or a verifier"
+        raise PlanError("this judge is not trusted", where="synth.selection.judge", given=agreement.reason, hint=hint)
+    trust.append(agreement)
+    config = config.model_copy(update={"human_labels": None})  # or every round would judge them again
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
         places = [(i, a, b) for i, q in enumerate(questions) for a, b in combinations(range(len(q.answers)), 2)]
@@ -117,7 +126,6 @@ def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
         if not pairs:
             return wins
         judgement = judge_pairs(config, pairs)
-        trust[:] = [judgement.result.trust]
         for (i, a, b), judged in zip(places, judgement.judged_pairs, strict=True):
             outcome = judged.verdicts.outcome
             wins[i][a] += {"first": 1.0, "tie": 0.5}.get(str(outcome), 0.0)

@@ -10,25 +10,34 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rung.config.synth import FiltersConfig
-from rung.data.deduplication import NearDuplicateIndex
+from rung.data.deduplication import NearDuplicateIndex, prompt_words
 from rung.scoring.metrics import rouge_l
 from rung.scoring.quantities import quantities, quantities_agree
 from rung.scoring.words import letter_tokens
+from rung.types import Record
 
-REFUSAL_CHARACTERS = 200
-"""Refusals begin an answer: a later `I cannot` may be part of the answer itself."""
+_OPENING = (
+    r"\W*(?:(?:unfortunately|regrettably|sorry|alas|apologies|my apologies|i apologi[sz]e|thank you[^.]{0,60}"
+    r"|i(?:['’]m| am) (?:very |so |really |truly )?(?:sorry|afraid))\b[\s,;:.!–—-]*(?:but\b\s*|that\b\s*)?)*"
+)
+"""What may stand before a refusal."""
+_ACTIONS = (
+    "help assist answer provide comply do fulfil fulfill discuss create write continue engage support share generate "
+    "produce offer give access browse open see determine tell"
+).replace(" ", "|")
 _REFUSALS = re.compile(
-    r"\b(as an ai\b|as a (large )?language model"
-    r"|i(['’]m| am) (very |so |really )?(sorry|afraid|unable|not able|not allowed)"
-    r"|i (can(no|['’])t|can not|won['’]t|will not|must decline|am not able) (to )?"
-    r"(help|assist|answer|provide|comply|do|fulfil|discuss|create|write|continue|engage|support)"
-    r"|i (do not|don['’]t) have (enough |any |sufficient )?(information|access|context|data)"
-    r"|i must (respectfully )?(decline|refuse))",
+    _OPENING + r"(?:as an? (?:ai|(?:large )?language model)\b"
+    r"|i(?:['’]m| am) (?:just |only )?an? (?:ai|language model)\b"
+    rf"|i (?:can(?:no|['’])t|can not|could not|won['’]t|will not) (?:be able to )?(?:{_ACTIONS})\b"
+    rf"|i(?:['’]m| am) (?:not able|unable|not allowed) to (?:{_ACTIONS})\b"
+    r"|i must (?:respectfully )?(?:decline|refuse)|i (?:do not|don['’]t) know\b"
+    r"|i (?:do not|don['’]t) have (?:(?:enough|any|sufficient) (?:information|context|data)|information"
+    r"|access to (?:the|that|this|your|any|real|external|current)))",
     re.IGNORECASE,
 )
 STOP_WORDS = 60
@@ -39,6 +48,8 @@ MIN_COMPARED_WORDS = 8
 """Words of a text below which its share of stop words says nothing."""
 STOP_WORD_SHARE = 0.25
 """Part of the seeds' mean share of stop words that a text in their language reaches."""
+SEEDS_LEFT_OUT = 0.05
+"""Share of the seeds' own texts that the profile may leave out at most: lists and code have few stop words."""
 MIN_SCRIPT_SHARE = 0.05
 """Share of the seeds' letters from which a script is one of theirs."""
 FOREIGN_SHARE = 0.1
@@ -54,8 +65,11 @@ class Rejection:
 
 
 def check_length(question: str, filters: FiltersConfig) -> Rejection | None:
-    """`length`: words of a question, separated by white space, between `min_words` and `max_words`."""
-    words = len(question.split())
+    """`length`: between `min_words` and `max_words` words of letters and digits in a question.
+
+    Of scripts that are written without spaces each character is a word, as for `novelty`.
+    """
+    words = len(letter_tokens(question))
     if filters.min_words <= words <= filters.max_words:
         return None
     return Rejection("length", f"a question of {words} words, allowed are {filters.min_words} to {filters.max_words}")
@@ -63,7 +77,7 @@ def check_length(question: str, filters: FiltersConfig) -> Rejection | None:
 
 def check_answer_length(answer: str, filters: FiltersConfig) -> Rejection | None:
     """`length`: at most `max_answer_words` words in an answer."""
-    words, limit = len(answer.split()), filters.max_answer_words
+    words, limit = len(letter_tokens(answer)), filters.max_answer_words
     if limit is None or words <= limit:
         return None
     return Rejection("length", f"an answer of {words} words, allowed are {limit}")
@@ -71,18 +85,18 @@ def check_answer_length(answer: str, filters: FiltersConfig) -> Rejection | None
 
 def check_refusal(answer: str) -> Rejection | None:
     """`refusals`: the answer begins by declining, in English."""
-    match = _REFUSALS.search(answer[:REFUSAL_CHARACTERS])
+    match = _REFUSALS.match(answer)
     return Rejection("refusals", f"it declines: {match.group(0)!r}") if match else None
 
 
 def check_grounded(answer: str, passage: str) -> Rejection | None:
     """`grounded`: every number of the answer agrees with one of the passage, and every name of it stands there.
 
-    A name is a run of capitalized words that does not begin a sentence. An answer in other words than its passage
-    passes; one that adds a fact with a number or a name does not.
+    A name is a run of capitalized words that does not begin a sentence; abbreviations such as CEO are none. An answer
+    in other words than its passage passes; one that adds a fact with a number or a name does not.
     """
     of_passage = quantities(passage)
-    for quantity in quantities(answer):
+    for quantity in quantities(_LIST_MARK.sub("", answer)):
         if not any(quantities_agree(quantity, other) for other in of_passage):
             return Rejection("grounded", f"the passage does not hold the number {quantity.numeral:g}")
     words = set(letter_tokens(passage))
@@ -92,21 +106,58 @@ def check_grounded(answer: str, passage: str) -> Rejection | None:
     return None
 
 
-_SENTENCE_START = re.compile(r"(?:^|[.!?:]\s+|\n\s*|[\"“(]\s*)\Z")
+_LIST_MARK = re.compile(r"^\s*\d+[.)]\s", re.MULTILINE)
+_SENTENCE_START = re.compile(r"(?:^|[.!?:]\s{1,3}|\n\s{0,3}|[\"“(]\s?)\Z")
 _CAPITALIZED = r"[^\W\d_a-z][\w'’&-]*(?:\.\w+)*"
 _NAME = re.compile(rf"\b{_CAPITALIZED}(?:\s+{_CAPITALIZED})*")
+_LONGEST_ABBREVIATION = 5
 
 
 def _names(text: str) -> Iterable[str]:
-    """Runs of capitalized words, without the word that begins a sentence."""
+    """Runs of capitalized words, without the word that begins a sentence, single letters and abbreviations."""
+    text = _LIST_MARK.sub("", text)
     for match in _NAME.finditer(text):
         if not match.group(0)[:1].isupper():  # scripts without capitals have no names that could be seen
             continue
         words = match.group(0).split()
-        if _SENTENCE_START.search(text[: match.start()]):
+        # a few characters: the whole text before it would make long answers quadratic
+        if _SENTENCE_START.search(text[max(0, match.start() - 5) : match.start()]):
             words = words[1:]
+        words = [word for word in words if not (word.isupper() and len(word) <= _LONGEST_ABBREVIATION)]
         if words:
             yield " ".join(words).rstrip(".")
+
+
+class LeakFilter:
+    """`leak`: a question that, word by word, is one of the rows that must not occur.
+
+    Context and question are compared as one text. Where one of the two rows has no context the question alone decides;
+    two questions in the same words about two contexts are two questions.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._whole: dict[tuple[str, ...], str] = {}
+        self._questions: dict[tuple[str, ...], str] = {}
+        self._without_context: dict[tuple[str, ...], str] = {}
+        for record in records:
+            source = str(record.source)
+            self._whole.setdefault(tuple(prompt_words(record)), source)
+            question = tuple(prompt_words(replace(record, context=None)))
+            self._questions.setdefault(question, source)
+            if not record.context:
+                self._without_context.setdefault(question, source)
+
+    @property
+    def questions(self) -> list[list[str]]:
+        """Words of all contexts and questions, sorted."""
+        return sorted(map(list, self._whole))
+
+    def check(self, record: Record) -> Rejection | None:
+        """The row that asks the same, if there is one."""
+        question = tuple(prompt_words(replace(record, context=None)))
+        questions = self._without_context if record.context else self._questions
+        source = self._whole.get(tuple(prompt_words(record))) or questions.get(question)
+        return None if source is None else Rejection("leak", f"it asks what {source} asks")
 
 
 class NoveltyFilter:
@@ -193,6 +244,9 @@ class LanguageFilter:
         self.stop_words = frozenset(word for word, _ in words.most_common(STOP_WORDS) if word.isalpha())
         self.mean_share = sum(words[word] for word in self.stop_words) / max(1, words.total())
         self.has_profile = len(words) >= MIN_DISTINCT_WORDS
+        shares = [share for text in seeds if (share := self._share(text)) is not None]
+        lowest = float(np.quantile(shares, SEEDS_LEFT_OUT)) if shares else 0.0
+        self.least_share = min(STOP_WORD_SHARE * self.mean_share, lowest)
 
     def check(self, text: str) -> Rejection | None:
         """The script or the lack of stop words that tells another language."""
@@ -200,20 +254,32 @@ class LanguageFilter:
         foreign = {script: count for script, count in scripts.items() if script not in self.scripts}
         if self.scripts and sum(foreign.values()) > FOREIGN_SHARE * scripts.total():
             return Rejection("language", f"letters of {max(foreign, key=foreign.__getitem__).lower()}")
+        share = self._share(text)
+        if not self.has_profile or share is None or share >= self.least_share:
+            return None
+        reason = f"{share:.0%} of its words are frequent ones of the seeds, of whose words it is {self.mean_share:.0%}"
+        return Rejection("language", reason)
+
+    def _share(self, text: str) -> float | None:
+        """Share of stop words among the words of a text; None for a text of few words."""
         words = letter_tokens(text)
-        if not self.has_profile or len(words) < MIN_COMPARED_WORDS:
+        if len(words) < MIN_COMPARED_WORDS:
             return None
-        share = sum(word in self.stop_words for word in words) / len(words)
-        if share >= STOP_WORD_SHARE * self.mean_share:
-            return None
-        return Rejection(
-            "language", f"{share:.0%} of its words are frequent ones of the seeds, {self.mean_share:.0%} there"
-        )
+        return sum(word in self.stop_words for word in words) / len(words)
+
+
+_WRITTEN_TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}
+"""Scripts of one text in Japanese, under one name."""
+_NO_SCRIPTS = frozenset({"FULLWIDTH", "HALFWIDTH", "MICRO", "MODIFIER", "FEMININE", "MASCULINE"})
+"""First words of names that tell no script."""
 
 
 def _script(character: str) -> str:
     """The script of a letter, as the first word of its Unicode name; empty for what is no letter."""
-    return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
+    if not character.isalpha():
+        return ""
+    script = unicodedata.name(character, "").split(" ")[0]
+    return "" if script in _NO_SCRIPTS else _WRITTEN_TOGETHER.get(script, script)
 
 
 def diversity(texts: Sequence[str]) -> float:

@@ -48,7 +48,7 @@ from rung.runs.train import StartMode, train_on_data
 from rung.scoring.stats import paired_difference, pass_at_k, score_interval
 from rung.synth.answer_scores import AnsweredQuestion, ScoreAnswers, require_scorable, verifier_scorer
 from rung.training.run_folder import LOCK_FILE, LOCK_FILES, read_json, read_manifest, write_json
-from rung.types import Message, Record
+from rung.types import CodeTests, Message, Record
 
 HINT = "The answer is: {answer}\n\nExplain how one gets there, and end with the answer."
 """What stands behind a question for which no answer was accepted (Zelikman et al. 2022, section 3.3)."""
@@ -181,7 +181,7 @@ class Improvement:
             sampled = self._sampled(model, self.questions, journal, number, _TRAIN)
             made = [(q.record, answer, False) for q in sampled for answer in q.kept(self.synth.per_question)]
             if self.synth.hint:
-                failed = [q.record for q in sampled if not q.passed]
+                failed = [q.record for q in sampled if not q.passed and q.record.answer]
                 hinted = self._sampled(model, failed, journal, number, _HINT, hint=True)
                 made += [(q.record, answer, True) for q in hinted for answer in q.kept(self.synth.per_question)]
         rows = [{**_row(r, a), "made": {"round": number, "hint": hint}} for r, a, hint in made]
@@ -270,6 +270,8 @@ def improve(config: ImproveRunConfig) -> ImproveResult:
     """
     folder, improvement = Path(config.output), Improvement(config)
     about: dict[str, Any] = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
+    if folder.is_file():
+        raise CheckpointError("this is a file", where=str(folder), hint="name another output=...")
     if folder.exists() and any(p.name not in LOCK_FILES for p in folder.iterdir()):
         manifest = read_json(folder / SYNTH_FILE) if (folder / SYNTH_FILE).exists() else {}
         if changed := [name for name, value in about.items() if manifest.get(name) != value]:
@@ -306,7 +308,9 @@ def _with_answer(record: Record, answer: str) -> Record:
 def _row(record: Record, answer: str) -> dict[str, Any]:
     """A question with an answer, in a format that `rung train` reads."""
     *turns, _ = record.messages
-    further = {"context": record.context, "group": record.group}
+    tests, tools = record.tests or CodeTests(""), json.loads(record.tools) if record.tools else None
+    further = {"context": record.context, "group": record.group, "task": record.task, "tools": tools}
+    further |= {"tests": tests.source or None, "test_setup": tests.setup or None}
     further = {name: value for name, value in further.items() if value is not None}
     if len(turns) == 1:
         return {"question": turns[0].content, **further, "answer": answer}

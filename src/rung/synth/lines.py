@@ -18,7 +18,7 @@ PREVIEW_CHARACTERS = 300
 def synth_lines(result: SynthResult) -> list[str]:
     """Lines for people about rows, filters, diversity and cost."""
     lines = [f"{result.rows:,} rows in {result.output}, from {result.tried:,} questions"]
-    if result.rows < result.wanted:
+    if result.wanted is not None and result.rows < result.wanted:
         lines.append(f"fewer than the {result.wanted:,} that were asked for: synth.attempts allows more questions")
     if result.rejected:
         counts = ", ".join(f"{name} {count:,}" for name, count in result.rejected.items())

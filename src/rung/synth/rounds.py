@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from rung.config.synth import TeachConfig
+from rung.console import print_status
 from rung.errors import DataError
-from rung.inference.ask import Answer, AnswerModel, Conversation, Reply
+from rung.inference.ask import Answer, AnswerModel, Conversation, Reply, without_reasoning
 from rung.inference.journal import Journal
 from rung.models.generate import Sampling
 from rung.synth import requests
@@ -84,7 +85,7 @@ class Cost:
         self.requests += 1
         self.prompt_tokens += reply.prompt_tokens or 0
         self.answer_tokens += reply.answer_tokens or 0
-        self.uncounted += reply.answer_tokens is None
+        self.uncounted += reply.prompt_tokens is None or reply.answer_tokens is None
         self.seconds += reply.seconds
 
 
@@ -115,6 +116,8 @@ class Teaching:
         has_duplicates = filters.near_duplicates is not None
         self._duplicates = NearDuplicateFilter(filters.near_duplicates) if has_duplicates else None  # type: ignore[arg-type]
         texts = [text for seed in sources.seeds for text in (seed.question, seed.answer)] or sources.passages
+        if filters.refusals and sources.seeds_refuse:
+            print_status("the filter of refusals is off: an answer of the seeds declines itself")
         self._language = LanguageFilter(texts) if filters.language and texts else None
 
     @property
@@ -122,11 +125,11 @@ class Teaching:
         """Questions that are tried at most."""
         if self.config.questions == "seeds":
             return len(self.sources.seeds)
-        return self.config.attempts * self.config.rows
+        return self.config.attempts * (self.config.rows or 1)
 
     def run(self) -> None:
         """Try questions until all rows are kept, or until the limit of attempts."""
-        rows = self.config.rows
+        rows = self.config.rows or len(self.sources.seeds)
         while len(self.kept) < rows and self.tried < self.limit:
             # no more than what the yield so far asks for
             yielded = max(len(self.kept), 1) / self.tried if self.tried else 1.0
@@ -170,7 +173,7 @@ class Teaching:
             reply = by_number.get(draft.number)
             if reply is not None:
                 self.cost.add(reply)
-                yield draft, reply.answers
+                yield draft, tuple(map(without_reasoning, reply.answers))
             elif draft.rejection is None:
                 reason = reasons.get(draft.number, "no answer")
                 yield replace(draft, rejection=Rejection("failed", reason)), ()

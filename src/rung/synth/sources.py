@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from rung.config.data import DataConfig
 from rung.config.evaluation import RetrievalConfig
 from rung.config.synth import TeachConfig
-from rung.data.deduplication import prompt_words
+from rung.console import print_status
 from rung.data.formats import naming_config
 from rung.data.splits import load_sets
 from rung.errors import DataError
 from rung.evaluation.retrieval import read_documents, split_passages
-from rung.synth.filters import Rejection, check_refusal
+from rung.synth.filters import LeakFilter, Rejection, check_refusal
 from rung.synth.requests import WorkedExample
 from rung.types import Message, Record, Source
 
@@ -68,8 +68,8 @@ class TeachSources:
     seeds: Sequence[Seed]
     passages: Sequence[str]
     labels: Sequence[str]
-    never: dict[tuple[str, ...], str]
-    """Words of context and question of the rows that must not occur, with the source of each."""
+    never: LeakFilter
+    """The questions that must not occur."""
 
     @staticmethod
     def read(config: TeachConfig) -> TeachSources:
@@ -86,7 +86,7 @@ class TeachSources:
         if config.makes.kind == "labels" and (strange := {s.answer for s in seeds} - set(labels)):
             summary = "a seed has a label that is not among synth.makes.labels"
             raise DataError(summary, where=config.seeds, given=sorted(strange)[0], allowed=", ".join(labels))
-        never = {tuple(prompt_words(record)): str(record.source) for path in config.never for record in _records(path)}
+        never = LeakFilter(record for path in config.never for record in _records(path))
         sources = TeachSources(seeds, passages, labels, never)
         for seed in seeds:
             if (leak := sources.check_leak(seed.turns, seed.context)) is not None:
@@ -98,7 +98,7 @@ class TeachSources:
     def fingerprint(self) -> str:
         """SHA-256 of everything that requests are made of, and of what must not occur."""
         seeds = [[[asdict(turn) for turn in seed.record.messages], seed.context] for seed in self.seeds]
-        content = [seeds, list(self.passages), list(self.labels), sorted(map(list, self.never))]
+        content = [seeds, list(self.passages), list(self.labels), self.never.questions]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def passage_order(self, seed: int) -> NDArray[np.int64]:
@@ -118,8 +118,7 @@ class TeachSources:
 
     def check_leak(self, turns: Sequence[Message], context: str | None) -> Rejection | None:
         """`leak`: the question, with its context, is one of the files that must not occur."""
-        source = self.never.get(tuple(prompt_words(made_record(turns, context, 0))))
-        return None if source is None else Rejection("leak", f"it asks what {source} asks")
+        return self.never.check(made_record(turns, context, 0))
 
 
 def made_record(turns: Sequence[Message], context: str | None, number: int) -> Record:
@@ -132,9 +131,15 @@ def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
     for record in _records(path):
         if record.text is not None or not record.messages:
             raise DataError("plain text has no question", where=str(record.source), hint="give rows with questions")
+        if record.tools:
+            summary = "a teacher writes text, and this seed offers tools"
+            raise DataError(summary, where=str(record.source), hint="leave such rows out of synth.seeds")
         if record.is_undesirable or record.is_excluded or (with_answers and not record.answer):
             continue
         seeds.append(Seed(record))
+    longer = sum(len(seed.turns) > 1 for seed in seeds)
+    if with_answers and longer:
+        print_status(f"{longer:,} of {len(seeds):,} seeds have turns before their question, which examples leave out")
     if not seeds:
         missing = "no row has an answer, and new rows are made after the example of whole ones"
         raise DataError(missing if with_answers else "there are no seeds", where=path)

@@ -1,6 +1,6 @@
 """`rung synth teach`: opens the teacher, runs the rounds, and writes rows, rejected rows and a manifest.
 
-Everything stands in one folder: `journal.jsonl` has every reply from the moment it arrived, `rows.jsonl` the rows,
+Everything stands in one folder: `journal-*.jsonl` has every reply from the moment it arrived, `rows.jsonl` the rows,
 `rejected.jsonl` what was left out and why, `synth.json` the config, yield, cost and hashes. The same command continues
 after a stop, and a finished folder is not made again.
 """
@@ -35,7 +35,7 @@ from rung.synth.sources import TeachSources
 from rung.training.run_folder import read_json, write_json
 from rung.types import Message
 
-ROWS_FILE, REJECTED_FILE, JOURNAL_FILE = "rows.jsonl", "rejected.jsonl", "journal.jsonl"
+ROWS_FILE, REJECTED_FILE, JOURNAL_PATTERN = "rows.jsonl", "rejected.jsonl", "journal-*.jsonl"
 
 
 def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
@@ -47,30 +47,49 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
     folder = Path(config.output)
     finished, sources = _finished(folder), _checked_sources(config.synth)
     if finished is not None:
-        is_same = [finished["config"] == config_to_dict(config), finished["sources"] == sources.fingerprint]
-        if all(is_same):
+        about: dict[str, Any] = {"config": config_to_dict(config), "sources": sources.fingerprint}
+        about["sha256"] = _digest(folder / ROWS_FILE)
+        changed = [name for name, value in about.items() if finished.get(name) != value]
+        if not changed:
             return SynthResult(**finished["result"])
-        if not overwrite:
-            what = "other seeds or documents" if is_same[0] else "another config"
+        # rows that were removed are written again
+        if not overwrite and (changed != ["sha256"] or about["sha256"] is not None):
+            what = {"config": "another config", "sources": "other seeds or documents"}.get(changed[0], "another hand")
             hint = "name another output, or --overwrite: replies that are still asked for are kept in its journal"
             raise CheckpointError(f"this folder holds rows of {what}", where=str(folder), hint=hint)
     parts = _open(config.synth, sources)
-    with closing(Journal(folder / JOURNAL_FILE, parts.teacher.identity)) as journal:
+    with closing(Journal(_journal_path(folder, parts.teacher), parts.teacher.identity)) as journal:
         recover_interrupted_writes(folder)  # under the lock of the journal
-        teaching = _teach(config, parts, journal)
+        try:
+            teaching = _teach(config.synth, parts, journal, config.seed)
+        except KeyboardInterrupt:
+            print_status(f"{len(journal.results):,} replies are kept in {journal.path}: the same command continues")
+            raise
+        rejected = list(rejected_rows(teaching.rejected))
+        _write_lines(folder / REJECTED_FILE, rejected)
         require_rows(teaching)
-        return _write(folder, config, teaching, parts)
+        return _write(folder, config, teaching, parts, rejected)
+
+
+def _journal_path(folder: Path, teacher: AnswerModel) -> Path:
+    """The journal of a teacher: another one begins another, and what was paid for stays."""
+    return folder / f"journal-{request_key(dict(teacher.identity))[:8]}.jsonl"
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file; None without one."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The first rows and what was left out before them, without writing anything but replies into the cache."""
-    synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows)})
+    synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows or rows)})
     config = config.model_copy(update={"synth": synth})
     parts = _open(synth, _checked_sources(synth))
     identity = parts.teacher.identity
     path = cache_folder() / "synth-previews" / f"{request_key(identity, config_to_dict(config))}.jsonl"
     with closing(Journal(path, identity)) as journal:
-        teaching = _teach(config, parts, journal)
+        teaching = _teach(synth, parts, journal, config.seed)
     return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
 
 
@@ -112,23 +131,25 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
     if (folder / SYNTH_FILE).exists():
         return read_json(folder / SYNTH_FILE)
+    if folder.is_file():
+        raise CheckpointError("this is a file", where=str(folder), hint="name another output=...")
     # with a journal: a command that was stopped, whatever it had written
-    if folder.exists() and not (folder / JOURNAL_FILE).exists() and (folder.is_file() or any(folder.iterdir())):
-        summary = "this is a file" if folder.is_file() else "this folder holds something else"
-        raise CheckpointError(summary, where=str(folder), hint="name another output=...")
+    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(JOURNAL_PATTERN)):
+        raise CheckpointError("this folder holds something else", where=str(folder), hint="name another output=...")
     return None
 
 
-def _teach(config: TeachRunConfig, parts: _Parts, journal: Journal) -> Teaching:
+def _teach(config: TeachConfig, parts: _Parts, journal: Journal, seed: int) -> Teaching:
     """Run the rounds with a bar of kept rows and their yield."""
     if known := len(journal.results):
         print_status(f"going on with {known:,} replies, kept in {journal.path}")
-    with ProgressBar("teach", config.synth.rows) as bar:
+    total = config.rows or len(parts.sources.seeds)
+    with ProgressBar("teach", total) as bar:
 
         def show(kept: int, tried: int) -> None:
-            bar.advance(min(kept, config.synth.rows) - bar.done, kept=f"{kept / tried:.0%} of {tried:,} questions")
+            bar.advance(min(kept, total) - bar.done, kept=f"{kept / tried:.0%} of {tried:,} questions")
 
-        teaching = Teaching(config.synth, parts.sources, parts.teacher, parts.score, journal, config.seed, show)
+        teaching = Teaching(config, parts.sources, parts.teacher, parts.score, journal, seed, show)
         teaching.run()
     return teaching
 
@@ -166,10 +187,15 @@ def rejected_rows(drafts: Iterable[Draft]) -> Iterable[dict[str, Any]]:
             yield {name: value for name, value in row.items() if value not in (None, "", [])}
 
 
-def _write(folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Parts) -> SynthResult:
-    rows, rejected = list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
-    for name, lines in ((ROWS_FILE, rows), (REJECTED_FILE, rejected)):
-        write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(
+    folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Parts, rejected: Sequence[dict[str, Any]]
+) -> SynthResult:
+    rows = list(rows_of(teaching.kept, config.synth))
+    _write_lines(folder / ROWS_FILE, rows)
     result = SynthResult(
         output=str(folder / ROWS_FILE),
         rows=len(rows),
@@ -180,9 +206,8 @@ def _write(folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Par
         **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
         judge=parts.trust[0] if parts.trust else None,
     )
-    digest = hashlib.sha256((folder / ROWS_FILE).read_bytes()).hexdigest()
-    facts = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
-    facts |= {"sources": parts.sources.fingerprint, "sha256": digest}
+    facts: dict[str, Any] = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
+    facts |= {"sources": parts.sources.fingerprint, "sha256": _digest(folder / ROWS_FILE)}
     settings = config_to_dict(config)
     manifest = {"config": settings, **facts, "result": result.to_json()}
     write_teach_page(folder, result, settings, rows, rejected)
