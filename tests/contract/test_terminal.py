@@ -23,7 +23,7 @@ from rung.commands.exit_codes import exit_code_of
 from rung.console import ProgressBar, StyledLine, add_text_row, print_lines, print_status, status, visible
 from rung.errors import DataError
 from rung.models import load
-from rung.report.html import _template
+from rung.report.html import page_template
 from rung.report.tables import ladder_lines, score_lines
 from rung.results import EvaluationResult, Ladder
 
@@ -88,7 +88,7 @@ def test_nothing_prints_beside_the_console() -> None:
 def test_the_page_has_no_way_around() -> None:
     template = (SOURCE / "report" / "template.html").read_text()
     assert "| safe" not in template and "autoescape" not in template
-    environment = _template().environment
+    environment = page_template("template.html").environment
     assert environment.autoescape is True and environment.finalize is not None
     shown = environment.from_string("<p title='{{ x }}'>{{ x }} {{ x | replace('a', 'b') }}</p>").render(x=ALL)
     assert_shown(shown)

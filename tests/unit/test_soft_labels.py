@@ -207,7 +207,7 @@ def _labels(batch: Any) -> list[tuple[int, float]]:
 
 def test_a_bad_probability_stops_the_run_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "probability": 1}) + "\n")
+    path.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "probability": 1.5}) + "\n")
     with pytest.raises(DataError) as refused:
         load_records(DataConfig(path=str(path)), str(path))
-    assert "line 2: probability is 1" in str(refused.value.hint) and "leave it empty" in str(refused.value.hint)
+    assert "line 2: probability is 1.5, not a number between 0 and 1" in str(refused.value.hint)

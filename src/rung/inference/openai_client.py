@@ -20,6 +20,7 @@ from functools import partial
 from importlib import import_module
 from ipaddress import ip_address
 from itertools import islice
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -128,18 +129,26 @@ def _chat_request(conversation: Conversation, index: int, sampling: Sampling) ->
 def _answer_concurrently(
     server: Server, requests: Mapping[str, dict[str, Any]], on_reply: Callable[[str, Reply], None]
 ) -> dict[str, str]:
-    """Send all requests; `on_reply` gets each reply with its key as it arrives. Returns why others fail for good."""
+    """Send all requests; `on_reply` gets each reply with its key as it arrives. Returns why others fail for good.
+
+    `on_reply` is called by the thread that asked, one at a time: a reply is kept before that thread asks for the next.
+    """
     client = _make_client(server)
     remaining = iter(requests.items())
-    in_flight: dict[Future[Reply], str] = {}
+    in_flight: dict[Future[None], str] = {}
     reasons: dict[str, str] = {}
-    errors_in_a_row = 0
+    errors_in_a_row, lock = 0, Lock()
 
-    def take(future: Future[Reply]) -> None:
+    def ask(key: str, request: Mapping[str, Any]) -> None:
+        reply = _ask_for_all(client, server, request)
+        with lock:
+            on_reply(key, reply)
+
+    def take(future: Future[None]) -> None:
         nonlocal errors_in_a_row
         key = in_flight.pop(future)
         try:
-            reply = future.result()
+            future.result()
         # only this request fails; every other error stops all of them
         except _RefusedError as error:
             reasons[key] = str(error)
@@ -149,22 +158,19 @@ def _answer_concurrently(
                 raise CheckpointError(f"the server fails: {error}", where=server.url, hint=hint) from None
         else:
             errors_in_a_row = 0
-            on_reply(key, reply)
 
     with closing(client), ThreadPoolExecutor(server.concurrency) as pool:
         try:
             # a bounded queue instead of submitting all: memory, and a stop that does not wait for thousands
             while True:
                 for key, request in islice(remaining, QUEUED_PER_WORKER * server.concurrency - len(in_flight)):
-                    in_flight[pool.submit(_ask_for_all, client, server, request)] = key
+                    in_flight[pool.submit(ask, key, request)] = key
                 if not in_flight:
                     return reasons
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                     take(future)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)  # requests in flight have been paid for
-            for future in [f for f in in_flight if f.done() and not f.cancelled() and f.exception() is None]:
-                take(future)
+            pool.shutdown(wait=True, cancel_futures=True)  # requests in flight have been paid for, and are kept
             raise
 
 

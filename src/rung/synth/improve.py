@@ -133,8 +133,8 @@ class Improvement:
             sampled = self._sampled(model, self.validation, journal, number, _VALIDATION)
         measured = self._summary(number, sampled, folder)
         if before is not None:
-            shares = [_shares(sampled), np.load(self.path / f"round-{number - 1}" / "shares.npy")]
-            measured["gain"] = paired_difference(shares[1], shares[0], _clusters(sampled), self.config.seed)
+            shares_before = json.loads((self.path / f"round-{number - 1}" / "shares.json").read_text())
+            measured["gain"] = paired_difference(shares_before, _shares(sampled), _clusters(sampled), self.config.seed)
         result = ImproveRound(**measured, **facts)
         write_json(folder / "round.json", result.to_json())
         print_status(_round_line(result))
@@ -143,7 +143,7 @@ class Improvement:
     def _summary(self, number: int, sampled: Sequence[SampledQuestion], folder: Path) -> dict[str, Any]:
         shares = _shares(sampled)
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "shares.npy", shares)
+        write_json(folder / "shares.json", shares.tolist())
         return {"number": number, "pass_at": self._pass_at(sampled), **_distribution(sampled)}
 
     def _pass_at(self, sampled: Sequence[SampledQuestion]) -> dict[int, Any]:
