@@ -187,14 +187,11 @@ class Teaching:
         plans = {number: self._plan(number) for number in numbers}
         drafts = []
         for draft, answers in self._ask([d for d, _ in plans.values()], lambda d: plans[d.number][1], 0):
-            text = answers[0].text.strip() if answers else ""
-            cut = (
-                Rejection("cut", "the question was cut at max_new_tokens")
-                if answers and not answers[0].stopped
-                else None
-            )
-            empty = Rejection("empty", "the question has no text") if answers and not text else None
-            drafts.append(replace(draft, turns=(Message("user", text),), rejection=draft.rejection or cut or empty))
+            if answers:
+                text = answers[0].text.strip()
+                rejection = _incomplete("question", text, answers[0].stopped)
+                draft = replace(draft, turns=(Message("user", text),), rejection=rejection)
+            drafts.append(draft)
         return drafts
 
     def _seed_draft(self, number: int) -> Draft:
@@ -333,12 +330,9 @@ class Teaching:
     def _best_first(self, draft: Draft, scores: Sequence[float]) -> Draft:
         order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first sample
         best, worst = scores[order[0]], scores[order[-1]]
-        rejection = None
-        if (
-            self.config.selection.verifier is not None
-            and self.config.selection.verifier.kind != "model"
-            and best <= 0.0
-        ):
+        rejection, verifier = None, self.config.selection.verifier
+        # a reward model's scores have no level: only their order counts
+        if verifier is not None and verifier.kind != "model" and best <= 0.0:
             rejection = Rejection("verifier", f"no answer is accepted, the best scores {best:g}")
         if self.config.makes.kind == "preferences" and best == worst:
             rejection = Rejection("tie", f"all answers score {best:g}")
