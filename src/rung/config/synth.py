@@ -70,7 +70,7 @@ class FiltersConfig(Config):
     novelty: Fraction | None = 0.7
     """ROUGE-L F1 with any seed or earlier question at which a question is not new (Wang et al. 2023, section 2.2)."""
     near_duplicates: Fraction | None = 0.8
-    """Share of common character 5-grams (Jaccard) at which question and answer repeat an earlier row."""
+    """Share of common character 5-grams (Jaccard) at which context, question and answer repeat an earlier row."""
     min_words: NonNegativeInt = 3
     """Fewest words of a question."""
     max_words: PositiveInt = 150

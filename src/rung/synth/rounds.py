@@ -340,10 +340,10 @@ class Teaching:
         return replace(draft, answers=ordered, scores=values, rejection=rejection)
 
     def _finished(self, draft: Draft) -> Draft:
-        """The draft after the filter of near duplicates, which reads question and answer."""
+        """The draft after the filter of near duplicates, which reads context, question and answer."""
         if draft.rejection is not None or self._duplicates is None:
             return draft
-        text = "\n".join([*(turn.content for turn in draft.turns), draft.answers[0]])
+        text = "\n".join([draft.context or "", *(turn.content for turn in draft.turns), draft.answers[0]])
         rejection = self._duplicates.check(text)
         if rejection is None:
             self._duplicates.add(text)
