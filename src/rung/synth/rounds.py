@@ -108,6 +108,7 @@ class Teaching:
         self.kept: list[Draft] = []
         self.rejected: list[Draft] = []
         self.tried = self._round_start = 0
+        self._seed_order, self._passage_order = sources.seed_order(seed), sources.passage_order(seed)
         self.cost, self._score = Cost(), score
         filters = config.filters
         seeds = [seed.question for seed in sources.seeds]
@@ -195,7 +196,7 @@ class Teaching:
         return drafts
 
     def _seed_draft(self, number: int) -> Draft:
-        seed = self.sources.seeds[number]
+        seed = self.sources.seeds[self._seed_order[number]]
         return Draft(number, seed.turns, seed.context, parents=(seed.source,), seed=seed.record)
 
     def _plan(self, number: int) -> tuple[Draft, Conversation]:
@@ -213,7 +214,7 @@ class Teaching:
             draft = Draft(number, label=label, attributes=attributes, parents=parents)
             return draft, requests.text_request(config.task, examples, label, attributes)
         passages = self.sources.passages
-        passage = passages[int(self.sources.passage_order(self.seed)[number % len(passages)])] if passages else None
+        passage = passages[int(self._passage_order[number % len(passages)])] if passages else None
         draft = Draft(number, context=passage, attributes=attributes, parents=parents)
         return draft, requests.question_request(config.task, examples, passage, attributes)
 

@@ -101,6 +101,10 @@ class TeachSources:
         content = [seeds, list(self.passages), list(self.labels), self.never.questions]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def seed_order(self, seed: int) -> NDArray[np.int64]:
+        """The order in which seeds are answered: files are often sorted, and a part of them may be enough."""
+        return np.random.default_rng([seed, 8]).permutation(len(self.seeds))
+
     def passage_order(self, seed: int) -> NDArray[np.int64]:
         """The order in which passages are asked about: each once before any is asked about again."""
         return np.random.default_rng([seed, 7]).permutation(len(self.passages))
