@@ -15,18 +15,12 @@ import pytest
 
 from zygote import Zygote
 
-CLIMB = {
-    "rungs": ["zero_shot", "few_shot", "lora", "full"],
-    "search": {"trials": 4, "learning_rate": [1e-4, 1e-1]},
-    "curve": [8],
-    "on_top": [{"base_rung": "lora", "objective": {"kind": "sft"}}],
-}
 KILLS = 10
-MIXED_KILLS = 5
 
 
-@pytest.fixture
-def zygote(tmp_path: Path) -> Iterator[Zygote]:
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    tmp_path = tmp_path_factory.mktemp("zygote")
     found = Zygote(tmp_path / "zygote.log", RUNG_CACHE=str(tmp_path / "cache"))
     yield found
     found.close()
@@ -52,21 +46,22 @@ def said(run: Path) -> list[dict[str, Any]]:
     return [*kept, {"verdict": ladder["verdict"], "diagnoses": ladder["diagnoses"], "models": models}]
 
 
-def test_killed_ten_times_at_random(zygote: Zygote, config: Path, tmp_path: Path) -> None:
-    ends_as_one_that_was_left_alone(zygote, config, tmp_path, CLIMB, KILLS)
-
-
-def test_killed_between_bases_and_rows_of_single_rungs(
-    zygote: Zygote, config: Path, other_base: Path, tmp_path: Path
-) -> None:
+def test_killed_ten_times_at_random(zygote: Zygote, config: Path, other_base: Path, tmp_path: Path) -> None:
+    """Between rungs, trials, points of the curve, bases, and rows that are one rung's own."""
     rows = [{"context": f"crate {i}", "question": f"which fruit, {i}?", "answer": "apples"} for i in range(40)]
     (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = {"data": {"path": str(tmp_path / "made.jsonl")}}
     other = {"model": {"name": str(other_base)}}
-    rungs = ["zero_shot", {"kind": "few_shot", **own, **other}, {"kind": "lora", "name": "made", **own}]
-    rungs.append({"kind": "lora", "name": "made on the other", **own, **other})
-    on_top = [{"base_rung": "made on the other", "objective": {"kind": "sft"}}]
-    ends_as_one_that_was_left_alone(zygote, config, tmp_path, {"rungs": rungs, "on_top": on_top}, MIXED_KILLS)
+    climb = {
+        "rungs": [
+            *("zero_shot", {"kind": "few_shot", **own, **other}, "lora"),
+            {"kind": "lora", "name": "made on the other", **own, **other},
+        ],
+        "search": {"trials": 4, "learning_rate": [1e-4, 1e-1]},
+        "curve": [8],
+        "on_top": [{"base_rung": "made on the other", "objective": {"kind": "sft"}}],
+    }
+    ends_as_one_that_was_left_alone(zygote, config, tmp_path, climb, KILLS)
 
 
 def ends_as_one_that_was_left_alone(
