@@ -329,6 +329,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file atomically with one row of JSON per line; as `write_bytes`."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically. Raises `CheckpointError` where it cannot be written; the old file then stays."""
     staging = path.with_name(f".{path.name}.writing-{os.getpid()}")  # a name that `recover_interrupted_writes` removes

@@ -8,7 +8,6 @@ reference can give log-ratios; a server gives text alone. The command line and `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.reward_model import RewardScorer
-from rung.files import is_run_folder, write_text
+from rung.files import is_run_folder, write_json_lines
 from rung.inference.ask import Conversation, FailedRequest
 from rung.inference.journal import Journal
 from rung.inference.local_model import sample_answers
@@ -169,7 +168,7 @@ def write_rows(
 ) -> GenerationResult:
     """Write one row for each prompt that has answers to compare; returns counts and means over all answers."""
     rows = _answer_rows(records, generated, request)
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json_lines(output, rows)
     values_by_name = {generated.unit: generated.lengths, "score": generated.scores, "log_ratio": generated.log_ratios}
     return GenerationResult(
         output=str(output),

@@ -148,7 +148,7 @@ def _with_teacher_answers(config: RunConfig, splits: Splits, prompts: TeacherPro
         if record.tools:
             summary = "the teacher's answers are text, and this row offers tools"
             raise DataError(summary, where=str(record.source), hint="take objective.answers: data")
-    teacher = _teacher_before_training(config, base)
+    teacher = load_teacher(config, base, before_training=True)
     replies = _teacher_replies(config, teacher, prompts, records)
     answered = [_answered(record, reply) for record, reply in zip(records, replies, strict=True)]
     cut = sum(reply is not None and not reply.answers[0].stopped for reply in replies)
@@ -206,19 +206,16 @@ def _record_of(prompts: TeacherPrompts, record: Record) -> Record:
     return records.at(i)
 
 
-def _teacher_before_training(config: RunConfig, base: BaseModel) -> Policy:
-    """The teacher while nothing has moved: any method may still share the base's weights with it."""
-    is_base = isinstance(config.objective, DistillConfig) and config.objective.teacher == "base"
-    return Policy(base.share_weights(), NoMethod()) if is_base else load_teacher(config, base)
+def load_teacher(config: RunConfig, base: BaseModel, *, before_training: bool = False) -> Policy:
+    """The teacher of a distillation. Before training nothing has moved, so any method shares the base's weights.
 
-
-def load_teacher(config: RunConfig, base: BaseModel) -> Policy:
-    """The teacher of a distillation. Raises `ConfigError` where teacher and student have other tokens."""
+    Raises `ConfigError` where teacher and student have other tokens.
+    """
     objective = config.objective
     if not isinstance(objective, DistillConfig):
         raise TypeError("this objective has no teacher")
     if objective.teacher == "base":
-        if config.method.kind not in BASE_CHANGING_METHODS:
+        if before_training or config.method.kind not in BASE_CHANGING_METHODS:
             return Policy(base.share_weights(), NoMethod())
         print_status("the teacher is a second model in memory, because the base moves")
         return Policy(load_base_on_device(config.model), NoMethod())

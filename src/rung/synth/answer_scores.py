@@ -37,14 +37,14 @@ ScoreAnswers = Callable[[Sequence[AnsweredQuestion]], list[list[float]]]
 """Scores of the answers of each question, higher is better."""
 
 
-def answer_scorer(config: TeachConfig, trust: list[JudgeAgreement]) -> ScoreAnswers | None:
-    """What scores answers; None without verifier and judge. The agreement of a judge goes into `trust`.
+def answer_scorer(config: TeachConfig) -> tuple[ScoreAnswers | None, JudgeAgreement | None]:
+    """What scores answers, None without verifier and judge; and the agreement with people of a judge.
 
     Raises `ConfigError` for a verifier that reads what made questions do not have.
     """
     verifier, judge = config.selection.verifier, config.selection.judge
     if verifier is None:
-        return None if judge is None else _judge_scorer(judge, trust)
+        return (None, None) if judge is None else _judge_scorer(judge)
     is_missing = isinstance(verifier, CodeRewardConfig) or (
         not isinstance(verifier, ModelRewardConfig) and needs_expected_answer(verifier)
     )
@@ -52,7 +52,7 @@ def answer_scorer(config: TeachConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
         summary = "this verifier reads the answers or tests of rows, and made questions have none"
         hint = "take questions: seeds, a function, a pattern or a reward run"
         raise ConfigError(summary, where="synth.selection.verifier", given=verifier.kind, hint=hint)
-    return verifier_scorer(verifier)
+    return verifier_scorer(verifier), None
 
 
 def verifier_scorer(config: RewardSourceConfig) -> ScoreAnswers:
@@ -100,7 +100,7 @@ def _reward_scorer(run: Path) -> ScoreAnswers:
     return score
 
 
-def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnswers:
+def _judge_scorer(config: JudgeConfig) -> tuple[ScoreAnswers, JudgeAgreement]:
     """Share of the comparisons that an answer wins, a tie counts half: every pair is compared in both orders.
 
     The agreement of the judge with people is measured once, before it decides. Raises `PlanError` if it is too low.
@@ -109,7 +109,6 @@ def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
     if not agreement.trusted:
         hint = "name another judge, or a verifier"
         raise PlanError("this judge is not trusted", where="synth.selection.judge", given=agreement.reason, hint=hint)
-    trust.append(agreement)
     config = config.model_copy(update={"human_labels": None})  # or every round would judge them again
 
     def score(questions: Sequence[AnsweredQuestion]) -> list[list[float]]:
@@ -132,7 +131,7 @@ def _judge_scorer(config: JudgeConfig, trust: list[JudgeAgreement]) -> ScoreAnsw
             wins[i][b] += {"second": 1.0, "tie": 0.5}.get(str(outcome), 0.0)
         return [[w / max(1, len(scores) - 1) for w in scores] for scores in wins]
 
-    return score
+    return score, agreement
 
 
 def require_usable_judge(config: TeachConfig) -> None:

@@ -26,7 +26,7 @@ from rung.data.messages import message_to_json
 from rung.data.records import Records, distinct_conversations
 from rung.errors import CheckpointError, DataError
 from rung.evaluation.prompting import PromptFormat
-from rung.files import SYNTH_FILE, is_run_folder, lock_file, recover_interrupted_writes, write_text
+from rung.files import SYNTH_FILE, is_run_folder, lock_file, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import Conversation
 from rung.inference.journal import Journal
 from rung.inference.local_model import LocalModel
@@ -185,9 +185,9 @@ class Improvement:
                 hinted = self._sampled(model, failed, journal, number, _HINT, hint=True)
                 made += [(q.record, answer, True) for q in hinted for answer in q.kept(self.synth.per_question)]
         rows = [{**_row(r, a), "made": {"round": number, "hint": hint}} for r, a, hint in made]
-        _write_rows(folder / "rows.jsonl", rows)
+        write_json_lines(folder / "rows.jsonl", rows)
         if self.synth.pairs:
-            _write_rows(folder / "pairs.jsonl", [row for q in sampled if (row := _pair(q)) is not None])
+            write_json_lines(folder / "pairs.jsonl", [row for q in sampled if (row := _pair(q)) is not None])
         return [_with_answer(record, answer) for record, answer, _ in made]
 
     def _sampled(
@@ -330,10 +330,6 @@ def _pair(sampled: SampledQuestion) -> dict[str, Any] | None:
     prompt = row.pop("question") if "question" in row else row.pop("messages")[:-1]
     row.pop("answer", None)
     return {"prompt": prompt, **row, "chosen": chosen[0], "rejected": rejected[0]}
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _shares(sampled: Sequence[SampledQuestion]) -> np.ndarray:

@@ -8,7 +8,6 @@ after a stop, and a finished folder is not made again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from rung.config.synth import TeachConfig, TeacherConfig, TeachRunConfig
 from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
 from rung.errors import CheckpointError
-from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_text
+from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
@@ -66,7 +65,7 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
             print_status(f"{len(journal.results):,} replies are kept in {journal.path}: the same command continues")
             raise
         rejected = list(rejected_rows(teaching.rejected))
-        _write_lines(folder / REJECTED_FILE, rejected)
+        write_json_lines(folder / REJECTED_FILE, rejected)
         require_rows(teaching)
         return _write(folder, config, teaching, parts, rejected)
 
@@ -107,8 +106,8 @@ class _Parts(NamedTuple):
     sources: TeachSources
     score: ScoreAnswers | None
     teacher: AnswerModel
-    trust: list[JudgeAgreement]
-    """Receives the agreement of a judge with people when it is first asked."""
+    judge: JudgeAgreement | None
+    """Agreement with people of the judge that scores answers."""
 
 
 def _checked_sources(config: TeachConfig) -> TeachSources:
@@ -122,9 +121,8 @@ def _checked_sources(config: TeachConfig) -> TeachSources:
 
 def _open(config: TeachConfig, sources: TeachSources) -> _Parts:
     """The models of a config, opened before a folder is made."""
-    trust = list[JudgeAgreement]()
-    score = answer_scorer(config, trust)
-    return _Parts(sources, score, open_teacher(config.teacher), trust)
+    score, agreement = answer_scorer(config)
+    return _Parts(sources, score, open_teacher(config.teacher), agreement)
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -187,15 +185,11 @@ def rejected_rows(drafts: Iterable[Draft]) -> Iterable[dict[str, Any]]:
             yield {name: value for name, value in row.items() if value not in (None, "", [])}
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def _write(
     folder: Path, config: TeachRunConfig, teaching: Teaching, parts: _Parts, rejected: Sequence[dict[str, Any]]
 ) -> SynthResult:
     rows = list(rows_of(teaching.kept, config.synth))
-    _write_lines(folder / ROWS_FILE, rows)
+    write_json_lines(folder / ROWS_FILE, rows)
     result = SynthResult(
         output=str(folder / ROWS_FILE),
         rows=len(rows),
@@ -204,7 +198,7 @@ def _write(
         rejected=dict(teaching.rejections().most_common()),
         cost=_cost(teaching, config.synth.teacher),
         **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
-        judge=parts.trust[0] if parts.trust else None,
+        judge=parts.judge,
     )
     facts: dict[str, Any] = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
     facts |= {"sources": parts.sources.fingerprint, "sha256": _digest(folder / ROWS_FILE)}
