@@ -328,6 +328,39 @@ def improve(
     _show(result.to_json(), improve_lines(result), as_json)
 
 
+@synth_app.command()
+def constitution(
+    config: Annotated[str, typer.Argument(help="YAML config file with a section synth.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    preview: Annotated[
+        int | None, typer.Option(min=1, help="Print what becomes of so many answers; write nothing.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the rows of another config; replies in the journals stay.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Revise answers by written rules, or compare them by the rules, and write rows for training.
+
+    Exit code 3 if the critic agrees with people no more than chance does.
+    """
+    from rung.config.constitution import ConstitutionRunConfig
+    from rung.config.io import load_synth_config
+    from rung.synth.constitution import constitution as revise
+    from rung.synth.constitution import preview as preview_answers
+    from rung.synth.lines import constitution_lines, revision_lines
+
+    loaded = cast(ConstitutionRunConfig, load_synth_config(config, overrides or (), verb="constitution"))
+    if preview is not None:
+        answers = preview_answers(loaded, preview)
+        _show({"answers": answers}, revision_lines(answers), as_json)
+        return
+    result = revise(loaded, overwrite=overwrite)
+    _show(result.to_json(), constitution_lines(result), as_json)
+    if result.critic is not None and not result.critic.trusted:
+        raise typer.Exit(REFUSED)
+
+
 @app.command()
 def merge(
     target: Run,

@@ -450,6 +450,60 @@ class SynthResult(Result):
     judge: JudgeAgreement | None = None
 
 
+class CriticAgreement(Result):
+    """Agreement of the critic of a constitution with people, and whether it is trusted."""
+
+    trusted: bool
+    reason: str
+    pairs: int = 0
+    """Labeled pairs with a majority for one answer and a verdict."""
+    unreadable: int = 0
+    agreement: Estimate | None = None
+    """Share of these pairs in which the critic prefers what people prefer; 0.5 is chance."""
+    shown_first: float | None = None
+    """Mean probability of the answer that is shown first: 0.5 without position bias."""
+
+
+class RevisionRound(Result):
+    """What became of the answers in one round of revisions."""
+
+    number: int
+    revised: int
+    """Answers that changed."""
+    unchanged: int
+    """Revisions that equal the answer before them; they add no row."""
+    refusing: float
+    """Share of the answers after the round that decline; of round 0, of the first answers."""
+    words: float
+    """Mean words of the answers after the round."""
+
+
+class ConstitutionResult(Result):
+    """Rows by a constitution, what was left out, and what its critic is worth."""
+
+    output: str
+    makes: str
+    rows: int
+    helpful: int = 0
+    """Rows that were added unrevised, among `rows`."""
+    seeds: int
+    """Questions that were asked."""
+    rejected: dict[str, int]
+    """Answers or pairs that each filter left out."""
+    rounds: tuple[RevisionRound, ...] = ()
+    """Of revisions, from round 0: the first answers."""
+    probability: float | None = None
+    """Of preferences: mean probability that the chosen answer is the better one."""
+    shown_first: float | None = None
+    """Of preferences: mean probability of the answer that is shown first: 0.5 without position bias."""
+    consistent: float | None = None
+    """Of preferences: share of pairs with the same preference in both orders."""
+    critic: CriticAgreement | None = None
+    """None where no labels of people were given."""
+    costs: dict[str, SynthCost]
+    """Of the teacher and of the critic."""
+
+
 class ImproveRound(Result):
     """What a round's model does on the validation split."""
 

@@ -11,9 +11,8 @@ import pytest
 
 import rung
 from rung.cli import app
-from rung.config.io import load_config, load_synth_config
+from rung.config.io import SynthRunConfig, load_config, load_synth_config
 from rung.config.run import RunConfig
-from rung.config.synth import SynthRunConfig
 from rung.methods.registry import METHODS
 from rung.objectives.registry import OBJECTIVES
 

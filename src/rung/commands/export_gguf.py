@@ -446,7 +446,9 @@ class Comparison:
                 bar.advance(1)
             seconds = time.perf_counter() - start_time
         scored = score_answers(
-            *(chat, measured.records, prompts, answers, seconds, measured.metrics), code_limits=config.code_limits
+            *(chat, measured.records, prompts, answers, seconds, measured.metrics),
+            code_limits=config.code_limits,
+            banned=config.banned,
         )
         if measured.evaluation is None:
             return file

@@ -6,6 +6,7 @@ its help texts and JSON schema from docstrings below the fields, so that documen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -83,6 +84,16 @@ def _settings_of(section: Mapping[str, Any] | Config) -> dict[str, Any]:
 MAX_SEED = 2**63 - 2
 """Largest seed: torch takes 64 bits, and some generators take the seed and the number after it."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _local_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path holds no NUL character")
+    return os.path.expanduser(path)
+
+
+LocalPath = Annotated[str, AfterValidator(_local_path)]
+"""A path with ~ as the home folder: no shell has read it, and a folder of that name would be made."""
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # roles instead of module names: the same config fits every architecture (`models.targets` maps them)
 ALL_LINEAR: tuple[LinearRole, ...] = ("q", "k", "v", "o", "gate", "up", "down")

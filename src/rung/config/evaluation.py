@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -13,7 +14,18 @@ from rung.config.judge import JudgeConfig
 Context = Literal["given", "withheld", "retrieved"]
 ExampleSelection = Literal["random", "similarity", "coverage"]
 
-MetricName = Literal["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "code", "perplexity"]
+MetricName = Literal[
+    "exact",
+    "normalized",
+    "numeric",
+    "math",
+    "token_f1",
+    "rouge_l",
+    "code",
+    "perplexity",
+    "not_refused",
+    "not_banned",
+]
 
 
 class RetrievalConfig(Config):
@@ -47,6 +59,8 @@ class EvaluationConfig(Config):
     and Linux."""
     code_limits: CodeLimitsConfig = CodeLimitsConfig()
     """For the metric `code`: limits of the program of an answer."""
+    banned: tuple[str, ...] = ()
+    """For the metric `not_banned`: regular expressions that no answer may contain; case does not count."""
     instruction: str | None = None
     """System prompt of the untuned rungs: the best one you have, for a fair comparison. Tuned rungs do not use it."""
     shots: NonNegativeInt = 4
@@ -74,6 +88,13 @@ class EvaluationConfig(Config):
     def _check(self) -> None:
         if self.code_limits != CodeLimitsConfig() and "code" not in self.metrics:
             raise ValueError("code_limits is for metrics: [code]")
+        if bool(self.banned) != ("not_banned" in self.metrics):
+            raise ValueError("metrics: [not_banned] and the patterns of `banned` go together")
+        for pattern in self.banned:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"banned: this is no regular expression: {error}: {pattern!r}") from error
         if "" in self.stop:
             raise ValueError("an empty text in stop would end every answer before its first word")
         if text := next((text for text in self.stop if "\\n" in text or "\\t" in text), None):

@@ -18,16 +18,19 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rung.config.constitution import ConstitutionRunConfig
 from rung.config.data_files import data_suffix
 from rung.config.method import METHOD_CONFIGS, LayerLotteryConfig
 from rung.config.run import RunConfig
-from rung.config.synth import ImproveRunConfig, SynthRunConfig, TeachRunConfig
+from rung.config.synth import ImproveRunConfig, TeachRunConfig
 from rung.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
-SYNTH_CONFIGS: dict[str, type[TeachRunConfig | ImproveRunConfig]] = {
+SynthRunConfig = TeachRunConfig | ImproveRunConfig | ConstitutionRunConfig
+SYNTH_CONFIGS: dict[str, type[SynthRunConfig]] = {
     "teach": TeachRunConfig,
     "improve": ImproveRunConfig,
+    "constitution": ConstitutionRunConfig,
 }
 """By the kind of the section `synth`, which is the verb."""
 MAX_CONFIG_BYTES = 2**20  # YAML is slow: a data file given by mistake should fail at once

@@ -6,12 +6,11 @@ loaded. Checks that need data, a model or a device are in `runs.checks`.
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from rung.config.base import MAX_SEED, Config
+from rung.config.base import MAX_SEED, Config, LocalPath
 from rung.config.climb import UNTUNED, WITH_SHOTS, ClimbConfig
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
@@ -19,13 +18,6 @@ from rung.config.method import LoraConfig, LowRankConfig, MethodConfig, inserted
 from rung.config.model import ModelConfig
 from rung.config.objective import COMPARISON_KINDS, ROLLOUT_KINDS, DistillConfig, ObjectiveConfig, SftConfig
 from rung.config.training import TrainingConfig
-
-
-def _local_path(path: str) -> str:
-    """A path with ~ as the home folder: no shell has read it, and a folder of that name would be made."""
-    if "\0" in path:
-        raise ValueError("a path holds no NUL character")
-    return os.path.expanduser(path)
 
 
 class RunConfig(Config):
@@ -45,7 +37,7 @@ class RunConfig(Config):
     """How answers are generated and scored."""
     climb: ClimbConfig = ClimbConfig()
     """The ladder of rungs, for `rung climb`."""
-    output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
+    output: LocalPath = Field(default=..., min_length=1)
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of the order of rows, the initialization and the choice of worked examples."""

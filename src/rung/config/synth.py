@@ -6,11 +6,9 @@ Its rows are a data file that `rung train` and `rung climb` read as it is. `impr
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from rung.config.base import MAX_SEED, Config, Fraction
+from rung.config.base import MAX_SEED, Config, Fraction, LocalPath
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.judge import JudgeConfig
@@ -258,16 +256,12 @@ class ImproveConfig(Config):
     """Write pairs of accepted and other answers too, for preferences and reward models."""
 
 
-def _local_path(path: str) -> str:
-    return os.path.expanduser(path)
-
-
 class TeachRunConfig(Config):
     """Everything `rung synth teach` needs."""
 
     synth: TeachConfig = Field(default=...)
     """What is written, by which model, and what a row must pass."""
-    output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
+    output: LocalPath = Field(default=..., min_length=1)
     """Folder of the rows."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of the examples, the attributes and the sampling."""
@@ -288,7 +282,7 @@ class ImproveRunConfig(Config):
     """As in a run."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """As in a run; `max_new_tokens`, `stop`, `context` and `limit` hold for sampled answers."""
-    output: Annotated[str, AfterValidator(_local_path)] = Field(default=..., min_length=1)
+    output: LocalPath = Field(default=..., min_length=1)
     """Folder of the rounds."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """As in a run, and of the sampling."""
@@ -304,6 +298,3 @@ class ImproveRunConfig(Config):
         if self.evaluation.context == "retrieved":
             raise ValueError("improve retrieves no passages: evaluation.context is given or withheld")
         self.run_config(self.output)
-
-
-SynthRunConfig = TeachRunConfig | ImproveRunConfig

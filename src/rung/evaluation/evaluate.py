@@ -8,7 +8,7 @@ not hide a difference. `runs.load`, `commands.climb` and `commands.forgetting` c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,14 @@ from rung.models.policy import Policy, sum_by_document
 from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
+from rung.scoring.answer_rules import not_banned
 from rung.scoring.code_answers import CODE, require_tests, run_answers
-from rung.scoring.metrics import BINARY_METRICS, METRICS, best_score
+from rung.scoring.metrics import BINARY_METRICS, METRICS, Metric, best_score
 from rung.scoring.stats import ratio_interval, score_interval
 from rung.training.run_folder import read_items, write_items
 from rung.types import Example, Record, Source
 
-PERPLEXITY = "perplexity"
-MetricFunction = Callable[[str, str], float]
+PERPLEXITY, NOT_BANNED = "perplexity", "not_banned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ def evaluate(
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
     answers_with_stop = list(zip(answers, stopped, strict=True))
-    limits = config.code_limits
-    scored = score_answers(chat, records, prompts, answers_with_stop, seconds, config.metrics, code_limits=limits)
+    settings: Any = {"code_limits": config.code_limits, "banned": config.banned}
+    scored = score_answers(chat, records, prompts, answers_with_stop, seconds, config.metrics, **settings)
     if PERPLEXITY not in config.metrics:
         return scored
     start_time = time.perf_counter()
@@ -186,12 +186,14 @@ def score_answers(
     metrics: Sequence[MetricName],
     *,
     code_limits: CodeLimitsConfig,
+    banned: Sequence[str] = (),
 ) -> Evaluation:
     """Scores of answers that are there already, each with whether the model ended it; perplexity needs a model.
 
     Raises `DataError` for records without tests under the metric `code`, `PlanError` where programs are not isolated.
     """
-    functions = {name: METRICS[name].function for name in metrics if name not in (PERPLEXITY, CODE)}
+    table = {**METRICS, NOT_BANNED: Metric(not_banned(banned), binary=True, reads_expected=False)}
+    functions = {name: table[name] for name in metrics if name not in (PERPLEXITY, CODE)}
     code_scores = _code_scores(records, answers, code_limits) if CODE in metrics else [{} for _ in records]
     items = tuple(
         ScoredItem(
@@ -226,7 +228,7 @@ def _code_scores(
 
 def _scores(
     chat: ChatTemplate,
-    metrics: Mapping[MetricName, MetricFunction],
+    metrics: Mapping[MetricName, Metric],
     answer: str,
     record: Record,
     expected_calls: str | None,
@@ -234,13 +236,18 @@ def _scores(
     """Scores of an answer; tool calls are compared as calls, by metrics that compare words as their canonical text."""
     if expected_calls is None:
         expected = expected_text(record)
-        return {name: best_score(metric, answer, expected, record.references) for name, metric in metrics.items()}
+        references = record.references
+        return {name: best_score(metric.function, answer, expected, references) for name, metric in metrics.items()}
     calls = chat.canonical_calls(answer)
-    is_equal = float(calls == expected_calls)
-    return {
-        name: is_equal if METRICS[name].binary else metric(calls or answer, expected_calls)
-        for name, metric in metrics.items()
-    }
+    scores: dict[str, float] = {}
+    for name, metric in metrics.items():
+        if not metric.reads_expected:
+            scores[name] = metric.function(answer, expected_calls)
+        elif metric.binary:
+            scores[name] = float(calls == expected_calls)
+        else:
+            scores[name] = metric.function(calls or answer, expected_calls)
+    return scores
 
 
 def prompt_ids(

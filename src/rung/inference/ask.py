@@ -9,10 +9,11 @@ ask.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rung.data.parsed_answer import parse_answer
 from rung.inference.journal import Journal
@@ -40,6 +41,8 @@ class Answer:
     """True if the model ended the answer, False if it was truncated."""
     reasoning: str = ""
     """What the model wrote before the answer, where its template marks it."""
+    option_logprobs: tuple[float, ...] = ()
+    """Log-probabilities of the options in nats, where one of several was to be chosen and the server gives them."""
 
 
 def without_reasoning(answer: Answer) -> Answer:
@@ -48,7 +51,7 @@ def without_reasoning(answer: Answer) -> Answer:
     A server without a parser of its own gives both in one text; reasoning that is never closed leaves an empty answer.
     """
     parsed = parse_answer(answer.text, "", stopped=answer.stopped, stop_texts=())
-    return Answer(parsed.text, answer.stopped, answer.reasoning or parsed.reasoning)
+    return replace(answer, text=parsed.text, reasoning=answer.reasoning or parsed.reasoning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,10 @@ class Reply:
 
     def to_json(self) -> list[Any]:
         """For a journal."""
-        answers = [[answer.text, answer.stopped, answer.reasoning] for answer in self.answers]
+        answers = [
+            [a.text, a.stopped, a.reasoning, *([list(a.option_logprobs)] if a.option_logprobs else [])]
+            for a in self.answers
+        ]
         return [answers, self.prompt_tokens, self.answer_tokens, round(self.seconds, 3)]
 
     @staticmethod
@@ -114,6 +120,21 @@ class AnswerModel(Protocol):
 
         One conversation that cannot be answered is a failure by name and stops no other. Raises `RungError` for what
         would stop all of them; answers up to then are in the journal.
+        """
+
+    def choose(
+        self,
+        conversations: Sequence[Conversation],
+        options: Sequence[str],
+        journal: Journal,
+        *,
+        max_new_tokens: int,
+        title: str | None = "choose",
+    ) -> NDArray[np.float64]:
+        """Log p(option | conversation) in nats, normalized over the options, [P, C] for P conversations, C options.
+
+        A row is NaN where nothing can be read. A model in this process computes the probabilities and writes nothing; a
+        server writes `max_new_tokens` at most, and gives probability 1 to what it names where it reports none.
         """
 
 

@@ -12,10 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
 from rung.errors import RungError
 from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
+from rung.inference.choose import PROMPTS_PER_UPDATE, choose
 from rung.inference.journal import Journal, request_key
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
@@ -69,6 +73,30 @@ class LocalModel:
             parsed = tuple(map(self._parsed, generated))
             replies[i] = Reply(parsed, len(prompt), sum(len(a.all_tokens) for a in generated), seconds / len(prompts))
         return Replies(replies, failures)
+
+    def choose(
+        self,
+        conversations: Sequence[Conversation],
+        options: Sequence[str],
+        journal: Journal,
+        *,
+        max_new_tokens: int,
+        title: str | None = "choose",
+    ) -> NDArray[np.float64]:
+        """Log p(option | conversation) in nats, normalized over the options, [P, C]; NaN where none has room."""
+        ids = [self.chat.encode([option], mid_document=True)[0] for option in options]
+        # the options take the place of an answer
+        prompts, _ = self._prompts(conversations, max(map(len, ids)))
+        places, logprobs_PC = list(prompts), np.full((len(conversations), len(options)), np.nan)
+        with ProgressBar(title, len(places)) as bar:
+            for start in range(0, len(places), PROMPTS_PER_UPDATE):
+                part = places[start : start + PROMPTS_PER_UPDATE]
+                key = request_key([prompts[i] for i in part], ids)
+                if key not in journal.results:
+                    journal.add(key, choose(self.policy, [prompts[i] for i in part], ids).tolist())
+                logprobs_PC[part] = journal.results[key]
+                bar.advance(len(part))
+        return logprobs_PC - np.logaddexp.reduce(logprobs_PC, axis=1, keepdims=True)
 
     def _parsed(self, answer: GeneratedAnswer) -> Answer:
         options: Any = {"stopped": answer.stopped, "stop_texts": self.stop_texts}

@@ -24,11 +24,15 @@ from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rung.console import ProgressBar, print_status, visible
 from rung.data.messages import message_to_json
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
 from rung.inference.journal import Journal, request_key
+from rung.inference.options import named_logprobs, option_logprobs
 from rung.models.generate import Sampling
 
 API_KEY_VARIABLE = "RUNG_API_KEY"
@@ -53,6 +57,8 @@ SENT_HEADERS = frozenset(
 )
 """Headers that other servers than OpenAI's get."""
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+TOP_LOGPROBS = 20
+"""Most probable tokens that a server is asked for where an option is chosen: the most that OpenAI's API gives."""
 QUEUED_PER_WORKER = 4
 """Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
@@ -92,6 +98,44 @@ class Server:
         `CheckpointError` if it cannot be reached; replies up to then are kept.
         """
         requests = [_chat_request(conversation, i, sampling) for i, conversation in enumerate(conversations)]
+        return self._send(requests, journal, title=title, keep_failures=keep_failures)
+
+    def choose(
+        self,
+        conversations: Sequence[Conversation],
+        options: Sequence[str],
+        journal: Journal,
+        *,
+        max_new_tokens: int,
+        title: str | None = "choose",
+    ) -> NDArray[np.float64]:
+        """Log p(option | conversation) in nats, normalized over the options, [P, C] for P conversations, C options.
+
+        They are those of the token with which the server names an option. A server without log-probabilities is asked
+        again without them, and then the option that it names has all of the probability. NaN where it names none.
+        """
+        # temperature 0: the probabilities are those of the token, whatever is drawn
+        sampling = Sampling(max_new_tokens)
+        plain = [_chat_request(conversation, 0, sampling) for conversation in conversations]
+        requests = [{**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS} for request in plain]
+        settings: dict[str, Any] = {"keep_failures": True, "options": tuple(options)}
+        replies, failures = self._send(requests, journal, title=title, **settings)
+        failed = [failure.index for failure in failures]
+        again, _ = self._send([plain[i] for i in failed], journal, title=None, **settings)
+        for i, reply in zip(failed, again, strict=True):
+            replies[i] = reply
+        rows = [option_logprobs(reply, options) for reply in replies]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(options))
+
+    def _send(
+        self,
+        requests: Sequence[dict[str, Any]],
+        journal: Journal,
+        *,
+        title: str | None,
+        keep_failures: bool,
+        options: tuple[str, ...] = (),
+    ) -> Replies:
         keys = [request_key(self.model, request) for request in requests]
         kept = {key: value for key in keys if (value := journal.results.get(key)) is not None}
         if not keep_failures:
@@ -107,7 +151,7 @@ class Server:
                 journal.add(key, kept[key])
                 bar.advance()
 
-            for key, reason in _answer_concurrently(self, missing, keep).items():
+            for key, reason in _answer_concurrently(self, missing, keep, options).items():
                 kept[key] = {_FAILED: reason}
                 if keep_failures:
                     journal.add(key, kept[key])
@@ -127,7 +171,10 @@ def _chat_request(conversation: Conversation, index: int, sampling: Sampling) ->
 
 
 def _answer_concurrently(
-    server: Server, requests: Mapping[str, dict[str, Any]], on_reply: Callable[[str, Reply], None]
+    server: Server,
+    requests: Mapping[str, dict[str, Any]],
+    on_reply: Callable[[str, Reply], None],
+    options: tuple[str, ...],
 ) -> dict[str, str]:
     """Send all requests; `on_reply` gets each reply with its key as it arrives. Returns why others fail for good.
 
@@ -140,7 +187,7 @@ def _answer_concurrently(
     errors_in_a_row, lock = 0, Lock()
 
     def ask(key: str, request: Mapping[str, Any]) -> None:
-        reply = _ask_for_all(client, server, request)
+        reply = _ask_for_all(client, server, request, options)
         with lock:
             on_reply(key, reply)
 
@@ -207,7 +254,7 @@ def _keep_own_headers(key: str, request: Any) -> None:
     request.headers["authorization"] = f"Bearer {key}"
 
 
-def _ask_one(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
+def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: tuple[str, ...]) -> Reply:
     """The reply to one request; `_RefusedError` where it fails for good, a `RungError` where all others would too."""
     openai: Any = import_module("openai")
     key = client.api_key
@@ -245,15 +292,16 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
     except (ValueError, RecursionError) as error:
         raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
     prompt_tokens, answer_tokens = _token_counts(answer)
-    answers = _parse_answers(answer, int(request["n"]))
+    answers = _parse_answers(answer, int(request["n"]), options)
     return Reply(answers, prompt_tokens, answer_tokens, time.perf_counter() - start_time)
 
 
-def _ask_for_all(client: Any, server: Server, request: Mapping[str, Any]) -> Reply:
+def _ask_for_all(client: Any, server: Server, request: Mapping[str, Any], options: tuple[str, ...]) -> Reply:
     """The reply with all answers: a server that gives fewer than `n` is asked again, with other seeds."""
-    reply, asked = _ask_one(client, server, request), 1
+    reply, asked = _ask_one(client, server, request, options), 1
     while (missing := request["n"] - len(reply.answers)) > 0:
-        further = _ask_one(client, server, {**request, "n": missing, "seed": (request["seed"] + asked) % 2**31})
+        other = {**request, "n": missing, "seed": (request["seed"] + asked) % 2**31}
+        further = _ask_one(client, server, other, options)
         asked += 1
         prompt_tokens = _sum(reply.prompt_tokens, further.prompt_tokens)
         answer_tokens = _sum(reply.answer_tokens, further.answer_tokens)
@@ -312,7 +360,7 @@ def _token_counts(answer: Any) -> tuple[int | None, int | None]:
     return first, second
 
 
-def _parse_answers(answer: Any, most: int) -> tuple[Answer, ...]:
+def _parse_answers(answer: Any, most: int, options: tuple[str, ...]) -> tuple[Answer, ...]:
     """One answer at least and `most` at most: some servers, Ollama among them, ignore `n`."""
     # the client does not check types: of a server that answers in another form any value may come
     choices = getattr(answer, "choices", None)
@@ -321,7 +369,10 @@ def _parse_answers(answer: Any, most: int) -> tuple[Answer, ...]:
     if not 0 < len(texts) <= most or None in texts:
         raise _RefusedError(f"{len(texts)} answers where {most} were asked for, or one without text")
     return tuple(
-        Answer(str(text), getattr(choice, "finish_reason", None) == "stop")
+        Answer(
+            *(str(text), getattr(choice, "finish_reason", None) == "stop"),
+            option_logprobs=named_logprobs(choice, str(text), options),
+        )
         for text, choice in zip(texts, choices, strict=True)
     )
 

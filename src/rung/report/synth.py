@@ -17,10 +17,11 @@ import yaml
 from rung.files import write_bytes
 from rung.report.formatting import format_duration, format_estimate
 from rung.report.html import page_template
-from rung.results import Estimate, ImproveResult, SynthResult
+from rung.results import ConstitutionResult, Estimate, ImproveResult, RevisionRound, SynthResult
 
 ROWS_SHOWN = 12
 """Rows that the page shows, and rejected questions of each filter."""
+_BY_RULES = "Answers by written rules"
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -82,6 +83,46 @@ def write_improve_page(folder: Path, result: ImproveResult, config: Mapping[str,
     _write(folder, parts | {"facts": facts}, config)
 
 
+def write_constitution_page(
+    folder: Path, result: ConstitutionResult, config: Mapping[str, Any], rows: Rows, rejected: Rows
+) -> None:
+    """Write `report.html` about rows by a constitution."""
+    synth, critic = config["synth"], result.critic
+    facts = {"teacher": synth["teacher"]["model"], "critic": (synth["critic"] or synth["teacher"])["model"]}
+    facts["agreement with people"] = "not measured: no human_labels" if critic is None else critic.reason
+    if result.probability is not None:
+        facts["probability of the chosen answer"] = f"{result.probability:.2f}"
+        facts["of the answer shown first"] = f"{result.shown_first:.2f}"
+        facts["same in both orders"] = f"{result.consistent:.0%}"
+    for name, cost in result.costs.items():
+        facts[f"{name}: requests"] = f"{cost.requests:,}" if cost.requests else ""
+        facts[f"{name}: tokens written"] = f"{cost.answer_tokens:,}" if cost.requests else ""
+        facts[f"{name}: money"] = "" if cost.money is None else f"{cost.money:.4f}"
+    facts["left out"] = ", ".join(f"{name} {count:,}" for name, count in result.rejected.items())
+    is_distrusted = critic is not None and not critic.trusted
+    shown = [_example(row) for row in islice(rows, ROWS_SHOWN)]
+    parts: dict[str, Any] = {
+        "kind": "constitution",
+        "tone": "warn" if is_distrusted or critic is None else "good",
+        "kicker": "NOT TRUSTED: the critic agrees with people no more than chance" if is_distrusted else _BY_RULES,
+        "said": f"{result.rows:,} rows from {result.seeds:,} questions",
+        "command": f"rung data check {result.output}",
+        "table": _rounds_table(result.rounds) if result.rounds else None,
+        "examples": [{"title": "Rows", "items_shown": shown}, *_left_out(rejected)],
+    }
+    _write(folder, parts | {"facts": facts}, config)
+
+
+def _rounds_table(rounds: Iterable[RevisionRound]) -> dict[str, Any]:
+    rows = []
+    for r in rounds:
+        counts = [f"{n:,}" if r.number else "" for n in (r.revised, r.unchanged)]
+        rows.append({"cells": [str(r.number), *counts, f"{r.refusing:.0%}", f"{r.words:.0f}"], "chosen": False})
+    heads = ["round", "revised", "unchanged", "declining", "words"]
+    note = "Answers after each round; round 0 are the first answers."
+    return {"title": "Rounds", "heads": heads, "rows": rows, "note": note}
+
+
 def _write(folder: Path, parts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
     page = page_template("synth_template.html").render(title=folder.resolve().name, config=text, **parts)
@@ -92,6 +133,8 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as question, context and answers."""
     made = row.get("made", {})
     source = f"question {made.get('number')}"
+    if rule := made.get("rule"):
+        source += f", {rule}"
     if attributes := made.get("attributes"):
         source += ", " + ", ".join(f"{name}: {value}" for name, value in attributes.items())
     if "messages" in row:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+from rung.scoring.answer_rules import not_refused
 from rung.scoring.answers import MAX_READ, Value, ends_in, final_texts, read_value, read_values, values_agree
 from rung.scoring.latex import plain_math
 from rung.scoring.math_answers import math
@@ -28,6 +29,8 @@ class Metric:
     function: Callable[[str, str], float]
     binary: bool
     """Only 0 and 1 occur: a rate, whose interval is exact (Clopper-Pearson) and whose pairs are tested by McNemar."""
+    reads_expected: bool = True
+    """False for a rule that the answer keeps or breaks by itself."""
 
 
 def exact(answer: str, expected: str) -> float:
@@ -183,7 +186,9 @@ def _rouge_scorer() -> Any:
 METRICS: dict[str, Metric] = {
     **{function.__name__: Metric(function, binary=True) for function in (exact, normalized, numeric, math)},
     **{function.__name__: Metric(function, binary=False) for function in (token_f1, rouge_l)},
+    "not_refused": Metric(not_refused, binary=True, reads_expected=False),
 }
-"""All metrics that compare two texts. Perplexity (`stats.ratio_interval`) and `code` (`code_answers`) do not."""
-BINARY_METRICS = frozenset({"code", *(name for name, metric in METRICS.items() if metric.binary)})
+"""All metrics without settings. Perplexity (`stats.ratio_interval`), `code` (`code_answers`) and `not_banned` are made
+with those of a config."""
+BINARY_METRICS = frozenset({"code", "not_banned", *(name for name, metric in METRICS.items() if metric.binary)})
 """Metrics of which only 0 and 1 occur."""

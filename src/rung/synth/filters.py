@@ -16,30 +16,12 @@ import numpy as np
 
 from rung.config.synth import FiltersConfig
 from rung.data.deduplication import NearDuplicateIndex, prompt_words
+from rung.scoring.answer_rules import refusal
 from rung.scoring.metrics import rouge_l
 from rung.scoring.quantities import quantities, quantities_agree
 from rung.scoring.words import letter_tokens
 from rung.types import Record
 
-_OPENING = (
-    r"\W*(?:(?:unfortunately|regrettably|sorry|alas|apologies|my apologies|i apologi[sz]e|thank you[^.]{0,60}"
-    r"|i(?:['’]m| am) (?:very |so |really |truly )?(?:sorry|afraid))\b[\s,;:.!–—-]*(?:but\b\s*|that\b\s*)?)*"
-)
-"""What may stand before a refusal."""
-_ACTIONS = (
-    "help assist answer provide comply do fulfil fulfill discuss create write continue engage support share generate "
-    "produce offer give access browse open see determine tell"
-).replace(" ", "|")
-_REFUSALS = re.compile(
-    _OPENING + r"(?:as an? (?:ai|(?:large )?language model)\b"
-    r"|i(?:['’]m| am) (?:just |only )?an? (?:ai|language model)\b"
-    rf"|i (?:can(?:no|['’])t|can not|could not|won['’]t|will not) (?:be able to )?(?:{_ACTIONS})\b"
-    rf"|i(?:['’]m| am) (?:not able|unable|not allowed) to (?:{_ACTIONS})\b"
-    r"|i must (?:respectfully )?(?:decline|refuse)|i (?:do not|don['’]t) know\b"
-    r"|i (?:do not|don['’]t) have (?:(?:enough|any|sufficient) (?:information|context|data)|information"
-    r"|access to (?:the|that|this|your|any|real|external|current)))",
-    re.IGNORECASE,
-)
 STOP_WORDS = 60
 """Words of the seeds' profile: the most frequent ones of a language are grammar, whatever the topic."""
 MIN_DISTINCT_WORDS = 150
@@ -75,9 +57,16 @@ def check_length(question: str, filters: FiltersConfig) -> Rejection | None:
     return Rejection("length", f"a question of {words} words, allowed are {filters.min_words} to {filters.max_words}")
 
 
-def check_answer_length(answer: str, filters: FiltersConfig) -> Rejection | None:
-    """`length`: at most `max_answer_words` words in an answer."""
-    words, limit = len(letter_tokens(answer)), filters.max_answer_words
+def check_incomplete(name: str, text: str, stopped: bool) -> Rejection | None:
+    """`cut` and `empty`: a text that reached the limit of tokens, or that holds nothing."""
+    if not stopped:
+        return Rejection("cut", f"the {name} was cut at max_new_tokens")
+    return None if text else Rejection("empty", f"the {name} has no text")
+
+
+def check_answer_length(answer: str, limit: int | None) -> Rejection | None:
+    """`length`: at most `limit` words in an answer."""
+    words = len(letter_tokens(answer))
     if limit is None or words <= limit:
         return None
     return Rejection("length", f"an answer of {words} words, allowed are {limit}")
@@ -85,8 +74,8 @@ def check_answer_length(answer: str, filters: FiltersConfig) -> Rejection | None
 
 def check_refusal(answer: str) -> Rejection | None:
     """`refusals`: the answer begins by declining, in English."""
-    match = _REFUSALS.match(answer)
-    return Rejection("refusals", f"it declines: {match.group(0)!r}") if match else None
+    said = refusal(answer)
+    return None if said is None else Rejection("refusals", f"it declines: {said!r}")
 
 
 def check_grounded(answer: str, passage: str) -> Rejection | None:

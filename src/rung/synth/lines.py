@@ -9,7 +9,7 @@ from typing import Any
 
 from rung.console import add_text_row
 from rung.report.formatting import empty_table, format_duration, format_estimate, render_lines
-from rung.results import Estimate, ImproveResult, SynthResult
+from rung.results import ConstitutionResult, Estimate, ImproveResult, SynthCost, SynthResult
 
 PREVIEW_CHARACTERS = 300
 """Characters of a text that a preview shows."""
@@ -26,19 +26,67 @@ def synth_lines(result: SynthResult) -> list[str]:
     seeds = f", {result.diversity_of_seeds:.2f} in as many seeds" if result.diversity_of_seeds is not None else ""
     shown = f"{result.compared_questions:,} questions"
     lines.append(f"diversity: {result.diversity:.2f} of the word pairs of {shown} are distinct{seeds}")
-    cost = result.cost
-    tokens = f"{cost.prompt_tokens:,} tokens read and {cost.answer_tokens:,} written"
-    if cost.uncounted:
-        tokens += f", without {cost.uncounted:,} replies whose tokens the server did not count"
-    money = "" if cost.money is None else f", {cost.money:.4f} in money"
-    lines.append(f"cost: {cost.requests:,} requests, {tokens}, {format_duration(cost.seconds)} of answering{money}")
-    if cost.failed:
-        lines.append(f"{cost.failed:,} requests failed for good")
+    lines += cost_lines("cost", result.cost)
     lines.append(f"report  {Path(result.output).parent / 'report.html'}")
     if result.judge is not None:
         trusted = "trusted" if result.judge.trusted else "NOT TRUSTED"
         lines.append(f"judge: {trusted}, {result.judge.reason}")
     return lines
+
+
+def cost_lines(name: str, cost: SynthCost) -> list[str]:
+    """Requests, tokens, time and money of one model."""
+    tokens = f"{cost.prompt_tokens:,} tokens read and {cost.answer_tokens:,} written"
+    if cost.uncounted:
+        tokens += f", without {cost.uncounted:,} replies whose tokens the server did not count"
+    money = "" if cost.money is None else f", {cost.money:.4f} in money"
+    lines = [f"{name}: {cost.requests:,} requests, {tokens}, {format_duration(cost.seconds)} of answering{money}"]
+    return [*lines, f"{cost.failed:,} requests failed for good"] if cost.failed else lines
+
+
+def constitution_lines(result: ConstitutionResult) -> list[str]:
+    """Lines for people about rows, rounds, the critic and costs."""
+    helpful = f", {result.helpful:,} of them helpful rows as they are" if result.helpful else ""
+    lines = [f"{result.rows:,} rows in {result.output}{helpful}, from {result.seeds:,} questions"]
+    if result.rounds:
+        table = empty_table(["round", "revised", "unchanged", "declining", "words"])
+        for r in result.rounds:
+            counts = [f"{n:,}" if r.number else "\u2013" for n in (r.revised, r.unchanged)]
+            add_text_row(table, str(r.number), *counts, f"{r.refusing:.0%}", f"{r.words:.0f}")
+        lines += render_lines(lambda console: [table])
+    if result.probability is not None:
+        text = f"probability of the chosen answer: {result.probability:.2f} on average"
+        lines.append(f"{text}; {result.shown_first:.2f} for the answer shown first, where 0.50 is no bias")
+        lines.append(f"the same preference in both orders: {result.consistent:.0%} of the pairs")
+    if result.rejected:
+        counts = [f"{name} {count:,}" for name, count in result.rejected.items()]
+        lines.append(f"left out by filter: {', '.join(counts)} (rejected.jsonl has the reasons)")
+    for name, cost in result.costs.items():
+        if cost.requests:
+            lines += cost_lines(name, cost)
+    if result.critic is None:
+        lines.append("critic: not measured, synth.human_labels names no pairs that people labeled")
+    else:
+        lines.append(f"critic: {'trusted' if result.critic.trusted else 'NOT TRUSTED'}, {result.critic.reason}")
+    return [*lines, f"report  {Path(result.output).parent / 'report.html'}"]
+
+
+def revision_lines(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people with the answers of a preview, their rounds or comparisons."""
+    lines = []
+    for item in items:
+        lines.append(f"question: {_shown(item['question'])}")
+        lines += [f"    {name}: {_shown(item[name])}" for name in ("answer", "first", "second", "rule") if name in item]
+        for number, done in enumerate(item.get("rounds", ()), start=1):
+            lines.append(f"    {number}. {_shown(done['rule'])}")
+            lines += [f"       {name}: {_shown(done[name])}" for name in ("critique", "revision") if done[name]]
+        if item.get("unchanged"):
+            lines.append(f"    revisions without a change: {item['unchanged']}")
+        if "probability_of_first" in item:
+            lines.append(f"    probability that the first is better: {item['probability_of_first']:.3f}")
+        if "left_out_by" in item:
+            lines.append(f"    left out by {item['left_out_by']}: {item['reason']}")
+    return [*lines, "nothing was written"]
 
 
 def preview_lines(rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> list[str]:

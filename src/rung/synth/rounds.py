@@ -19,7 +19,7 @@ import numpy as np
 from rung.config.synth import TeachConfig
 from rung.console import print_status
 from rung.errors import DataError
-from rung.inference.ask import Answer, AnswerModel, Conversation, Reply, without_reasoning
+from rung.inference.ask import Answer, AnswerModel, Conversation, without_reasoning
 from rung.inference.journal import Journal
 from rung.models.generate import Sampling
 from rung.synth import requests
@@ -31,11 +31,13 @@ from rung.synth.filters import (
     Rejection,
     check_answer_length,
     check_grounded,
+    check_incomplete,
     check_length,
     check_refusal,
 )
 from rung.synth.requests import WorkedExample
 from rung.synth.sources import TeachSources, made_record
+from rung.synth.writer import Cost
 from rung.types import Message, Record
 
 QUESTIONS_PER_ROUND = 64
@@ -65,28 +67,6 @@ class Draft:
     def question(self) -> str:
         """The last question."""
         return next((turn.content for turn in reversed(self.turns) if turn.role == "user"), "")
-
-
-@dataclass(slots=True)
-class Cost:
-    """What the teacher was asked, over all attempts."""
-
-    requests: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    uncounted: int = 0
-    """Replies of a server that does not count tokens."""
-    seconds: float = 0.0
-    """Times of all requests together; of concurrent ones more than passed on the clock."""
-
-    def add(self, reply: Reply) -> None:
-        """Add a reply."""
-        self.requests += 1
-        self.prompt_tokens += reply.prompt_tokens or 0
-        self.answer_tokens += reply.answer_tokens or 0
-        self.uncounted += reply.prompt_tokens is None or reply.answer_tokens is None
-        self.seconds += reply.seconds
 
 
 class Teaching:
@@ -190,7 +170,7 @@ class Teaching:
         for draft, answers in self._ask([d for d, _ in plans.values()], lambda d: plans[d.number][1], 0):
             if answers:
                 text = answers[0].text.strip()
-                rejection = _incomplete("question", text, answers[0].stopped)
+                rejection = check_incomplete("question", text, answers[0].stopped)
                 draft = replace(draft, turns=(Message("user", text),), rejection=rejection)
             drafts.append(draft)
         return drafts
@@ -262,7 +242,7 @@ class Teaching:
                 result.append(draft)
                 continue
             text = answers[0].text.strip()
-            rejection = _incomplete("question", text, answers[0].stopped)
+            rejection = check_incomplete("question", text, answers[0].stopped)
             turns = (*draft.turns, Message("user", text))
             rejection = rejection or self.sources.check_leak(turns[-1:], draft.context)
             rejection = rejection or check_length(text, self.config.filters)
@@ -299,11 +279,11 @@ class Teaching:
 
     def _answer_rejection(self, draft: Draft, answer: Answer) -> Rejection | None:
         text, filters = answer.text.strip(), self.config.filters
-        if (incomplete := _incomplete("answer", text, answer.stopped)) is not None:
+        if (incomplete := check_incomplete("answer", text, answer.stopped)) is not None:
             return incomplete
         if self.config.makes.kind == "explanations" and requests.final_answer(text) is None:
             return Rejection("form", f"no line begins with {requests.ANSWER_LINE}")
-        rejection = check_answer_length(text, filters)
+        rejection = check_answer_length(text, filters.max_answer_words)
         if rejection is None and filters.refusals and not self.sources.seeds_refuse:
             rejection = check_refusal(text)
         if rejection is None and self._language is not None:
@@ -353,13 +333,6 @@ class Teaching:
     def rejections(self) -> Counter[str]:
         """Number of drafts that each filter left out."""
         return Counter(draft.rejection.filter for draft in self.rejected if draft.rejection is not None)
-
-
-def _incomplete(name: str, text: str, stopped: bool) -> Rejection | None:
-    """`cut` and `empty`: a text that reached the limit of tokens, or that holds nothing."""
-    if not stopped:
-        return Rejection("cut", f"the {name} was cut at max_new_tokens")
-    return None if text else Rejection("empty", f"the {name} has no text")
 
 
 def _sample(chance: np.random.Generator, items: Sequence[Any], count: int) -> list[Any]:

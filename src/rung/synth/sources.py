@@ -15,7 +15,7 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import RetrievalConfig
 from rung.config.synth import TeachConfig
 from rung.console import print_status
-from rung.data.formats import naming_config
+from rung.data.formats import LoadedRows, naming_config
 from rung.data.splits import load_sets
 from rung.errors import DataError
 from rung.evaluation.retrieval import read_documents, split_passages
@@ -74,7 +74,8 @@ class TeachSources:
     @staticmethod
     def read(config: TeachConfig) -> TeachSources:
         """Read the files of a config. Raises `DataError` for seeds that cannot be used."""
-        seeds = _seeds(config.seeds, with_answers=config.questions == "made") if config.seeds else []
+        with_answers = config.questions == "made"
+        seeds = read_seeds(config.seeds, with_answers=with_answers, where="synth.seeds") if config.seeds else []
         passages: list[str] = []
         if config.documents:
             texts = read_documents(RetrievalConfig(documents=config.documents))
@@ -86,7 +87,7 @@ class TeachSources:
         if config.makes.kind == "labels" and (strange := {s.answer for s in seeds} - set(labels)):
             summary = "a seed has a label that is not among synth.makes.labels"
             raise DataError(summary, where=config.seeds, given=sorted(strange)[0], allowed=", ".join(labels))
-        never = LeakFilter(record for path in config.never for record in _records(path))
+        never = LeakFilter(record for path in config.never for record in read_records(path, "synth.never"))
         sources = TeachSources(seeds, passages, labels, never)
         for seed in seeds:
             if (leak := sources.check_leak(seed.turns, seed.context)) is not None:
@@ -130,14 +131,15 @@ def made_record(turns: Sequence[Message], context: str | None, number: int) -> R
     return Record((*turns, Message("assistant", "")), Source("made", number), context)
 
 
-def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
+def read_seeds(path: str, *, with_answers: bool, where: str) -> list[Seed]:
+    """The rows of a file as seeds; `where` is the setting that names it. Raises `DataError` for unusable rows."""
     seeds = []
-    for record in _records(path):
+    for record in read_records(path, where):
         if record.text is not None or not record.messages:
             raise DataError("plain text has no question", where=str(record.source), hint="give rows with questions")
         if record.tools:
             summary = "a teacher writes text, and this seed offers tools"
-            raise DataError(summary, where=str(record.source), hint="leave such rows out of synth.seeds")
+            raise DataError(summary, where=str(record.source), hint=f"leave such rows out of {where}")
         if record.is_undesirable or record.is_excluded or (with_answers and not record.answer):
             continue
         seeds.append(Seed(record))
@@ -150,14 +152,23 @@ def _seeds(path: str, *, with_answers: bool) -> list[Seed]:
     return seeds
 
 
-def _records(path: str) -> list[Record]:
+def _read_prompts(path: str) -> list[LoadedRows] | None:
+    """Rows without answers, in a column `prompt` or `question`; None where there is neither."""
+    for columns in ({}, {"prompt": "question"}):
+        try:
+            return load_sets(DataConfig(path=path, format="prompt_only", map=columns))
+        except DataError:
+            continue
+    return None
+
+
+def read_records(path: str, where: str) -> list[Record]:
     """All rows of a file; prompts alone where its columns are those of no format with answers."""
-    with naming_config("synth.seeds", path):
+    with naming_config(where, path):
         try:
             loaded = load_sets(DataConfig(path=path))
         except DataError as error:
-            try:
-                loaded = load_sets(DataConfig(path=path, format="prompt_only"))
-            except DataError:
+            if (prompts := _read_prompts(path)) is None:
                 raise error from None
+            loaded = prompts
     return [record for rows in loaded for record in rows.records]

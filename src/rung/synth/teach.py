@@ -1,13 +1,7 @@
-"""`rung synth teach`: opens the teacher, runs the rounds, and writes rows, rejected rows and a manifest.
-
-Everything stands in one folder: `journal-*.jsonl` has every reply from the moment it arrived, `rows.jsonl` the rows,
-`rejected.jsonl` what was left out and why, `synth.json` the config, yield, cost and hashes. The same command continues
-after a stop, and a finished folder is not made again.
-"""
+"""`rung synth teach`: opens the teacher, runs the rounds, and writes rows, rejected rows and a manifest."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -15,26 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rung.config.io import config_to_dict
-from rung.config.synth import TeachConfig, TeacherConfig, TeachRunConfig
+from rung.config.synth import TeachConfig, TeachRunConfig
 from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
-from rung.errors import CheckpointError
 from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
-from rung.inference.local_model import LocalModel
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
 from rung.report.synth import write_teach_page
-from rung.results import JudgeAgreement, SynthCost, SynthResult
-from rung.runs.load import open_target, weight_fingerprints
+from rung.results import JudgeAgreement, SynthResult
 from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_scorable, require_usable_judge
 from rung.synth.filters import diversity
+from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, kept_result
 from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
-from rung.training.run_folder import read_json, write_json
+from rung.synth.writer import journal_path, open_writer
+from rung.training.run_folder import write_json
 from rung.types import Message
-
-ROWS_FILE, REJECTED_FILE, JOURNAL_PATTERN = "rows.jsonl", "rejected.jsonl", "journal-*.jsonl"
 
 
 def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
@@ -44,20 +34,12 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
     another config unless `overwrite` is set, which keeps the journal: what was answered is not asked again.
     """
     folder = Path(config.output)
-    finished, sources = _finished(folder), _checked_sources(config.synth)
-    if finished is not None:
-        about: dict[str, Any] = {"config": config_to_dict(config), "sources": sources.fingerprint}
-        about["sha256"] = _digest(folder / ROWS_FILE)
-        changed = [name for name, value in about.items() if finished.get(name) != value]
-        if not changed:
-            return SynthResult(**finished["result"])
-        # rows that were removed are written again
-        if not overwrite and (changed != ["sha256"] or about["sha256"] is not None):
-            what = {"config": "another config", "sources": "other seeds or documents"}.get(changed[0], "another hand")
-            hint = "name another output, or --overwrite: replies that are still asked for are kept in its journal"
-            raise CheckpointError(f"this folder holds rows of {what}", where=str(folder), hint=hint)
+    finished, sources = finished_manifest(folder), _checked_sources(config.synth)
+    about = {"config": config_to_dict(config), "sources": sources.fingerprint}
+    if (result := kept_result(folder, finished, about, overwrite=overwrite)) is not None:
+        return SynthResult(**result)
     parts = _open(config.synth, sources)
-    with closing(Journal(_journal_path(folder, parts.teacher), parts.teacher.identity)) as journal:
+    with closing(Journal(journal_path(folder, parts.teacher), parts.teacher.identity)) as journal:
         recover_interrupted_writes(folder)  # under the lock of the journal
         try:
             teaching = _teach(config.synth, parts, journal, config.seed)
@@ -70,16 +52,6 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
         return _write(folder, config, teaching, parts, rejected)
 
 
-def _journal_path(folder: Path, teacher: AnswerModel) -> Path:
-    """The journal of a teacher: another one begins another, and what was paid for stays."""
-    return folder / f"journal-{request_key(dict(teacher.identity))[:8]}.jsonl"
-
-
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file; None without one."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
 def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The first rows and what was left out before them, without writing anything but replies into the cache."""
     synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows or rows)})
@@ -90,14 +62,6 @@ def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], li
     with closing(Journal(path, identity)) as journal:
         teaching = _teach(synth, parts, journal, config.seed)
     return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
-
-
-def open_teacher(config: TeacherConfig) -> AnswerModel:
-    """The model that writes: behind a server, or opened here."""
-    if config.server is not None:
-        return Server(config.server, config.model, config.concurrency or DEFAULT_CONCURRENCY)
-    model = open_target(config.model)
-    return LocalModel(model.policy, model.chat, weight_fingerprints(config.model, model.policy), config.stop)
 
 
 class _Parts(NamedTuple):
@@ -122,19 +86,7 @@ def _checked_sources(config: TeachConfig) -> TeachSources:
 def _open(config: TeachConfig, sources: TeachSources) -> _Parts:
     """The models of a config, opened before a folder is made."""
     score, agreement = answer_scorer(config)
-    return _Parts(sources, score, open_teacher(config.teacher), agreement)
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
-    if (folder / SYNTH_FILE).exists():
-        return read_json(folder / SYNTH_FILE)
-    if folder.is_file():
-        raise CheckpointError("this is a file", where=str(folder), hint="name another output=...")
-    # with a journal: a command that was stopped, whatever it had written
-    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(JOURNAL_PATTERN)):
-        raise CheckpointError("this folder holds something else", where=str(folder), hint="name another output=...")
-    return None
+    return _Parts(sources, score, open_writer(config.teacher), agreement)
 
 
 def _teach(config: TeachConfig, parts: _Parts, journal: Journal, seed: int) -> Teaching:
@@ -196,25 +148,17 @@ def _write(
         wanted=config.synth.rows,
         tried=teaching.tried,
         rejected=dict(teaching.rejections().most_common()),
-        cost=_cost(teaching, config.synth.teacher),
+        cost=teaching.cost.result(config.synth.teacher.price),
         **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
         judge=parts.judge,
     )
     facts: dict[str, Any] = {"teacher": config.synth.teacher.model, "teacher_identity": dict(parts.teacher.identity)}
-    facts |= {"sources": parts.sources.fingerprint, "sha256": _digest(folder / ROWS_FILE)}
+    facts |= {"sources": parts.sources.fingerprint, "sha256": digest(folder / ROWS_FILE)}
     settings = config_to_dict(config)
     manifest = {"config": settings, **facts, "result": result.to_json()}
     write_teach_page(folder, result, settings, rows, rejected)
     write_json(folder / SYNTH_FILE, manifest)  # last: it says that all is there
     return result
-
-
-def _cost(teaching: Teaching, config: TeacherConfig) -> SynthCost:
-    cost = teaching.cost
-    money = None
-    if config.price is not None and not cost.uncounted:
-        money = (cost.prompt_tokens * config.price.prompt + cost.answer_tokens * config.price.answer) / 1e6
-    return SynthCost(**{**asdict(cost), "seconds": round(cost.seconds, 1)}, money=money)
 
 
 def _diversities(seeds: Sequence[str], questions: Sequence[str]) -> dict[str, Any]:

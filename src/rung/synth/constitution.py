@@ -1,0 +1,245 @@
+"""`rung synth constitution`: answers are revised by written rules, or compared by them, and become rows.
+
+Bai et al. 2022 (arXiv 2212.08073): revisions are rows for fine-tuning (section 3), comparisons preferences with soft
+labels (section 4). Whether the critic's view is worth anything is measured on pairs that people labeled; small models
+often agree with people no more than chance does, and their rows then say NOT TRUSTED.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rung.config.constitution import ConstitutionConfig, ConstitutionRunConfig
+from rung.config.io import config_to_dict
+from rung.console import ProgressBar, print_status
+from rung.data.messages import message_to_json
+from rung.errors import DataError
+from rung.evaluation.judge import AnswerPair, read_human_labels
+from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_json_lines
+from rung.inference.ask import AnswerModel, Conversation
+from rung.inference.journal import Journal, request_key
+from rung.report.synth import write_constitution_page
+from rung.results import ConstitutionResult, CriticAgreement
+from rung.scoring.pairwise import Outcome
+from rung.synth.constitution_rows import (
+    answered_row,
+    preference_facts,
+    preference_rows,
+    rejected_rows,
+    revision_rows,
+    round_summaries,
+    shown_pair,
+    shown_revisions,
+)
+from rung.synth.feedback import Comparing, LabeledPair, agreement_with_people, label_pairs
+from rung.synth.filters import LeakFilter, check_incomplete
+from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, kept_result
+from rung.synth.principles import Transcripts, dialogue
+from rung.synth.revisions import RevisedAnswer, Revising
+from rung.synth.sources import Seed, read_records, read_seeds
+from rung.synth.writer import Writer, journal_path, open_writer
+from rung.training.run_folder import write_json
+
+_HELPFUL_STAGE = 10**6
+"""Part of the seed of helpful answers: no round of revisions has this number."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the files of a config hold."""
+
+    seeds: Sequence[Seed]
+    helpful: Sequence[Seed]
+    transcripts: Transcripts
+    labeled: Sequence[AnswerPair]
+    """Pairs that people compared."""
+    people: Sequence[Sequence[Outcome | None]]
+
+    @staticmethod
+    def read(config: ConstitutionConfig, seed: int) -> Sources:
+        """Read and check all files. Raises `DataError` for rows that cannot be used."""
+        seeds = read_seeds(config.seeds, with_answers=config.answers == "seeds", where="synth.seeds")
+        helpful = read_seeds(config.helpful, with_answers=False, where="synth.helpful") if config.helpful else []
+        never = LeakFilter(record for path in config.never for record in read_records(path, "synth.never"))
+        for row in (*seeds, *helpful):
+            if (leak := never.check(row.record)) is not None:
+                hint = "take the row out: its question would be among the rows"
+                raise DataError("a row asks what synth.never names", where=row.source, given=leak.reason, hint=hint)
+        if config.limit is not None:
+            order = np.random.default_rng([seed, 8]).permutation(len(seeds))[: config.limit]
+            seeds = [seeds[int(i)] for i in order]
+        transcripts = Transcripts.read(config.transcripts, config.principles, critiques=config.critiques)
+        labeled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
+        return Sources(seeds, helpful, transcripts, labeled, people)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that requests and rows are made of."""
+        rows = [
+            [[message_to_json(turn) for turn in s.record.messages], s.context] for s in (*self.seeds, *self.helpful)
+        ]
+        examples = [*self.transcripts.revisions, *self.transcripts.comparisons]
+        pairs = [[pair.question, pair.context, pair.first, pair.second, pair.group] for pair in self.labeled]
+        content = [rows, len(self.seeds), examples, pairs, list(map(list, self.people))]
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Constitution:
+    """The work of one config: its models opened, its rows made."""
+
+    def __init__(self, config: ConstitutionRunConfig, sources: Sources, folder: Path, stack: ExitStack) -> None:
+        """Journals are opened in `folder`, and closed by `stack`."""
+        self.config, self.synth, self.sources = config, config.synth, sources
+        teacher_config, critic_config = self.synth.teacher, self.synth.critic or self.synth.teacher
+        teacher = open_writer(teacher_config)
+        # one model for both, unless another one is named or it ends its answers by other texts
+        same = (teacher_config.model, teacher_config.server, teacher_config.stop)
+        is_same = same == (critic_config.model, critic_config.server, critic_config.stop)
+        critic = teacher if is_same else open_writer(critic_config)
+        journals: dict[Path, Journal] = {}
+
+        def journal(model: AnswerModel) -> Journal:
+            path = journal_path(folder, model)
+            if path not in journals:
+                journals[path] = stack.enter_context(closing(Journal(path, model.identity)))
+            return journals[path]
+
+        self.teacher = Writer(teacher, teacher_config, journal(teacher))
+        self.critic = Writer(critic, critic_config, journal(critic))
+        self.comparing = Comparing(self.synth, self.critic, sources.transcripts, config.seed)
+
+    def agreement(self) -> CriticAgreement | None:
+        """What the critic's preferences are worth; None without labels of people."""
+        if not self.sources.labeled:
+            return None
+        print_status("the critic compares the pairs that people labeled")
+        return agreement_with_people(self.comparing, self.sources.labeled, self.sources.people, self.config.seed)
+
+    def revised(self) -> list[RevisedAnswer]:
+        """The answers to all seeds with their revisions."""
+        writers = (self.teacher, self.critic)
+        with ProgressBar("revise", len(self.sources.seeds)) as bar:
+
+            def show(done: int, revisions: int) -> None:
+                bar.advance(done - bar.done, revisions=f"{revisions:,}")
+
+            transcripts = self.sources.transcripts
+            return Revising(self.synth, self.sources.seeds, writers, transcripts, self.config.seed, show).run()
+
+    def labeled(self) -> list[LabeledPair]:
+        """The pairs of answers to all seeds with their probabilities."""
+        with ProgressBar("compare", len(self.sources.seeds)) as bar:
+
+            def show(done: int, pairs: int) -> None:
+                bar.advance(done - bar.done, pairs=f"{pairs:,}")
+
+            return label_pairs(self.comparing, self.teacher, self.sources.seeds, show)
+
+    def helpful(self) -> list[dict[str, Any]]:
+        """Rows that are added unrevised; the teacher answers those without an answer."""
+        missing = [seed for seed in self.sources.helpful if not seed.answer]
+        asked = [Conversation(tuple(dialogue(seed.turns, seed.context, "")[:-1])) for seed in missing]
+        replies = self.teacher.answers(asked, [self.config.seed, _HELPFUL_STAGE]) if asked else []
+        written: dict[int, str] = {}
+        for seed, reply in zip(missing, replies, strict=True):
+            text = "" if isinstance(reply, str) else reply[0].text.strip()
+            if not isinstance(reply, str) and check_incomplete("answer", text, reply[0].stopped) is None:
+                written[id(seed)] = text
+        if lost := len(missing) - len(written):
+            print_status(f"{lost:,} helpful rows are left out: the teacher gave no whole answer")
+        return [
+            answered_row(seed, seed.answer or written[id(seed)], {"kind": "helpful", "parents": [seed.source]})
+            for seed in self.sources.helpful
+            if seed.answer or id(seed) in written
+        ]
+
+
+def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> ConstitutionResult:
+    """Write the rows of a config into its output folder.
+
+    A finished folder of the same config is returned as it is. Raises `CheckpointError` for a folder with rows of
+    another config unless `overwrite` is set, which keeps the journals: what was answered is not asked again.
+    """
+    folder = Path(config.output)
+    finished, sources = finished_manifest(folder), Sources.read(config.synth, config.seed)
+    about = {"config": config_to_dict(config), "sources": sources.fingerprint}
+    if (result := kept_result(folder, finished, about, overwrite=overwrite)) is not None:
+        return ConstitutionResult(**result)
+    with ExitStack() as stack:
+        work = Constitution(config, sources, folder, stack)
+        recover_interrupted_writes(folder)  # under the locks of the journals
+        try:
+            agreement = work.agreement()
+            outcome: list[RevisedAnswer] | list[LabeledPair]
+            outcome = work.revised() if config.synth.makes == "revisions" else work.labeled()
+            helpful = work.helpful()
+        except KeyboardInterrupt:
+            print_status(f"all replies so far are kept in {folder}: the same command continues")
+            raise
+        return _write(folder, work, outcome, helpful, agreement, about)
+
+
+def preview(config: ConstitutionRunConfig, seeds: int) -> list[dict[str, Any]]:
+    """What becomes of the answers to a few seeds; nothing is written but replies into the cache."""
+    most = min(seeds, config.synth.limit or seeds)
+    config = config.model_copy(update={"synth": config.synth.model_copy(update={"limit": most})})
+    sources = Sources.read(config.synth, config.seed)
+    folder = cache_folder() / "synth-previews" / request_key(config_to_dict(config))
+    with ExitStack() as stack:
+        work = Constitution(config, sources, folder, stack)
+        if config.synth.makes == "revisions":
+            return [shown_revisions(answer) for answer in work.revised()]
+        return [shown_pair(pair) for pair in work.labeled()]
+
+
+def _write(
+    folder: Path,
+    work: Constitution,
+    outcome: list[RevisedAnswer] | list[LabeledPair],
+    helpful: Sequence[dict[str, Any]],
+    agreement: CriticAgreement | None,
+    about: dict[str, Any],
+) -> ConstitutionResult:
+    synth, config = work.synth, about["config"]
+    answers = [item for item in outcome if isinstance(item, RevisedAnswer)]
+    pairs = [item for item in outcome if isinstance(item, LabeledPair)]
+    made = [*revision_rows(answers), *preference_rows(pairs)]
+    rejected = list(rejected_rows(outcome))
+    counts: dict[str, int] = {}
+    for row in rejected:
+        counts[row["filter"]] = counts.get(row["filter"], 0) + 1
+    write_json_lines(folder / REJECTED_FILE, rejected)
+    if not made:
+        given = ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "every revision is unchanged"
+        hint = "look at rejected.jsonl, or at rung synth constitution --preview 5"
+        raise DataError("no answer was revised" if answers else "no pair was labeled", given=given, hint=hint)
+    write_json_lines(folder / ROWS_FILE, [*made, *helpful])
+    costs = {"teacher": work.teacher.cost.result(synth.teacher.price)}
+    costs["critic"] = work.critic.cost.result((synth.critic or synth.teacher).price)
+    result = ConstitutionResult(
+        output=str(folder / ROWS_FILE),
+        makes=synth.makes,
+        rows=len(made) + len(helpful),
+        helpful=len(helpful),
+        seeds=len(work.sources.seeds),
+        rejected=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        rounds=round_summaries(answers, synth.rounds) if answers else (),
+        critic=agreement,
+        costs=costs,
+        **preference_facts(pairs),
+    )
+    facts: dict[str, Any] = {"teacher": synth.teacher.model, "teacher_identity": dict(work.teacher.model.identity)}
+    facts |= {"critic": (synth.critic or synth.teacher).model, "critic_identity": dict(work.critic.model.identity)}
+    facts |= {"trusted": None if agreement is None else agreement.trusted, "sha256": digest(folder / ROWS_FILE)}
+    write_constitution_page(folder, result, config, made, rejected)
+    write_json(folder / SYNTH_FILE, {**about, **facts, "result": result.to_json()})  # last: it says that all is there
+    return result

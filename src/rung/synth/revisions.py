@@ -1,0 +1,196 @@
+"""Critiques and revisions of answers by rules: supervised learning of a constitution (Bai et al. 2022, section 3.1).
+
+Each round draws a rule for an answer, asks for a critique by it and then for a revision, which takes the place of the
+answer in the next round. All revisions become rows, not the last one alone (section 3.2). A revision that equals the
+answer before it adds no row; one that a filter leaves out ends the rounds of its answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rung.config.constitution import ConstitutionConfig, PrincipleConfig
+from rung.inference.ask import Answer, Conversation
+from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
+from rung.synth.principles import Transcripts, critique_dialogue, dialogue, revision_dialogue
+from rung.synth.sources import Seed
+from rung.synth.writer import Writer
+from rung.types import Message
+
+SEEDS_PER_ROUND = 64
+"""Seeds whose answers are revised at once: a batch for a model in this process, enough requests for a server."""
+_ROLE_LINE = re.compile(
+    r"^\W{0,3}(?:human|user|assistant|system|critique(?: request)?|revision(?: request)?)\W{0,3}:", re.I | re.M
+)
+_PREFACE = re.compile(
+    r"\W*(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,30}?)?"
+    r"(?:here(?:['’]s| is| are)|this is|below is)\b[^\n:]{0,80}"
+    r"\b(?:revis\w*|rewrit\w*|rewrote|version|updated|improved|answer)\b[^\n:]{0,60}:",
+    re.I,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """An answer that was written by a rule."""
+
+    round: int
+    """From 1."""
+    rule: str
+    critique: str | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevisedAnswer:
+    """The answer to a seed, its revisions, and what ended them."""
+
+    number: int
+    seed: Seed
+    first: str = ""
+    """The answer that was revised."""
+    revisions: tuple[Revision, ...] = ()
+    unchanged_rounds: tuple[int, ...] = ()
+    """Rounds whose revision equals the answer before it."""
+    rejection: Rejection | None = None
+    rejected_text: str = ""
+
+    @property
+    def last(self) -> str:
+        """The newest answer."""
+        return self.revisions[-1].text if self.revisions else self.first
+
+
+def check_roles(text: str) -> Rejection | None:
+    """`roles`: a line begins with the name of a speaker or of a part of the dialogue, and a colon."""
+    match = _ROLE_LINE.search(text)
+    return Rejection("roles", f"it goes on as another speaker: {match.group(0).strip()!r}") if match else None
+
+
+def check_preface(text: str) -> Rejection | None:
+    """`prefaces`: the text begins by announcing a revised answer, in English."""
+    match = _PREFACE.match(text)
+    return Rejection("prefaces", f"it announces itself: {match.group(0)!r}") if match else None
+
+
+class Revising:
+    """The rounds of critiques and revisions of one `rung synth constitution`."""
+
+    def __init__(
+        self,
+        config: ConstitutionConfig,
+        seeds: Sequence[Seed],
+        writers: tuple[Writer, Writer],
+        transcripts: Transcripts,
+        seed: int,
+        on_round: Callable[[int, int], None],
+    ) -> None:
+        """`writers` are teacher and critic; `on_round` receives the numbers of seeds and of revisions so far."""
+        self.config, self.seeds, self.seed, self.on_round = config, seeds, seed, on_round
+        self.teacher, self.critic = writers
+        self.examples = tuple(transcripts.before_revision(critiques=config.critiques))
+        texts = [text for s in seeds for text in (s.question, s.answer)]
+        self._language = LanguageFilter(texts) if config.filters.language else None
+
+    def run(self) -> list[RevisedAnswer]:
+        """Revise the answer to every seed."""
+        done: list[RevisedAnswer] = []
+        for start in range(0, len(self.seeds), SEEDS_PER_ROUND):
+            numbers = range(start, min(start + SEEDS_PER_ROUND, len(self.seeds)))
+            answers = self._first_answers([RevisedAnswer(i, self.seeds[i]) for i in numbers])
+            for number in range(1, self.config.rounds + 1):
+                answers = self._revised(answers, number)
+            done += answers
+            self.on_round(len(done), sum(len(answer.revisions) for answer in done))
+        return done
+
+    def _first_answers(self, answers: Sequence[RevisedAnswer]) -> list[RevisedAnswer]:
+        if self.config.answers == "seeds":
+            return [replace(answer, first=answer.seed.answer) for answer in answers]
+        # the question as it is, with its context
+        asked = [Conversation(tuple(dialogue(a.seed.turns, a.seed.context, "")[:-1])) for a in answers]
+        replies = self.teacher.answers(asked, [self.seed, 0, answers[0].number])
+        return [self._first(answer, reply) for answer, reply in zip(answers, replies, strict=True)]
+
+    def _first(self, answer: RevisedAnswer, reply: tuple[Answer, ...] | str) -> RevisedAnswer:
+        if isinstance(reply, str):
+            return replace(answer, rejection=Rejection("failed", reply))
+        text = reply[0].text.strip()
+        return replace(answer, first=text, rejection=check_incomplete("answer", text, reply[0].stopped))
+
+    def _revised(self, answers: Sequence[RevisedAnswer], number: int) -> list[RevisedAnswer]:
+        """One round of critiques and revisions of all answers that are still in."""
+        rules = {a.number: self._drawn_rule(a.number, number) for a in answers if a.rejection is None}
+        critiques = self._critiques([a for a in answers if a.rejection is None], rules, number)
+        answers = [replace(a, rejection=_rejection(critiques.get(a.number)) or a.rejection) for a in answers]
+        open_answers = [a for a in answers if a.rejection is None]
+        conversations = [
+            revision_dialogue(self.examples, self._dialogue(a), rules[a.number], _text(critiques.get(a.number)))
+            for a in open_answers
+        ]
+        replies = self.critic.answers(conversations, [self.seed, 2 * number, answers[0].number])
+        revised = {
+            a.number: self._finished(
+                a, Revision(number, rules[a.number].rule, _text(critiques.get(a.number)), ""), reply
+            )
+            for a, reply in zip(open_answers, replies, strict=True)
+        }
+        return [revised.get(a.number, a) for a in answers]
+
+    def _critiques(
+        self, answers: Sequence[RevisedAnswer], rules: dict[int, PrincipleConfig], number: int
+    ) -> dict[int, str | Rejection]:
+        """The critique of each answer, or why there is none; nothing where no critiques are asked for."""
+        if not self.config.critiques or not answers:
+            return {}
+        conversations = [critique_dialogue(self.examples, self._dialogue(a), rules[a.number]) for a in answers]
+        replies = self.critic.answers(conversations, [self.seed, 2 * number - 1, answers[0].number])
+        found: dict[int, str | Rejection] = {}
+        for answer, reply in zip(answers, replies, strict=True):
+            if isinstance(reply, str):
+                found[answer.number] = Rejection("failed", reply)
+            else:
+                text = reply[0].text.strip()
+                found[answer.number] = check_incomplete("critique", text, reply[0].stopped) or text
+        return found
+
+    def _finished(self, answer: RevisedAnswer, revision: Revision, reply: tuple[Answer, ...] | str) -> RevisedAnswer:
+        """The answer with its revision, or with the filter that ends its rounds."""
+        if isinstance(reply, str):
+            return replace(answer, rejection=Rejection("failed", reply))
+        text = reply[0].text.strip()
+        if (rejection := self._check(text, reply[0].stopped)) is not None:
+            return replace(answer, rejection=rejection, rejected_text=text)
+        if text == answer.last:
+            return replace(answer, unchanged_rounds=(*answer.unchanged_rounds, revision.round))
+        return replace(answer, revisions=(*answer.revisions, replace(revision, text=text)))
+
+    def _check(self, text: str, stopped: bool) -> Rejection | None:
+        filters = self.config.filters
+        rejection = check_incomplete("revision", text, stopped)
+        if rejection is None and filters.roles:
+            rejection = check_roles(text)
+        if rejection is None and filters.prefaces:
+            rejection = check_preface(text)
+        rejection = rejection or check_answer_length(text, filters.max_answer_words)
+        return rejection or (self._language.check(text) if self._language is not None else None)
+
+    def _dialogue(self, answer: RevisedAnswer) -> list[Message]:
+        return dialogue(answer.seed.turns, answer.seed.context, answer.last)
+
+    def _drawn_rule(self, number: int, round_number: int) -> PrincipleConfig:
+        """The rule of one answer in one round: it depends on no other answer."""
+        chance = np.random.default_rng([self.seed, number, round_number])
+        return self.config.principles[int(chance.integers(len(self.config.principles)))]
+
+
+def _rejection(critique: str | Rejection | None) -> Rejection | None:
+    return critique if isinstance(critique, Rejection) else None
+
+
+def _text(critique: str | Rejection | None) -> str | None:
+    return critique if isinstance(critique, str) else None
