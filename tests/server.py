@@ -7,7 +7,9 @@ and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to, or {"body":
 the key that is asked for; `slow` seconds pass before an answer; with `judge` it prefers the answer with more apples in
 it, and writes no verdict on box 6; with `teach` it writes questions about boxes and answers them, drawn by what it was
 asked, some of them refusals; with `think` it writes reasoning before them, with `single` it gives one answer whatever
-`n` is.
+`n` is; with `rotten` it says that fruit is good or rotten, and as a critic by the name `critic` it finds `rotten`,
+writes answers without it, and prefers the answer with less of it, with the log-probabilities of `preference`, a number
+of nats a word, or none. `refuse` is a word of a request, such as logprobs, for which it gets 400.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             ON_THE_WAY[0] += 1
             at_once = ON_THE_WAY[0]
         time.sleep(rules.get("slow", 0))
-        how = self._failure(rules, question)
+        how = self._failure(rules, asked)
         with LOCK:
             ON_THE_WAY[0] -= 1
             with self.log_file.open("a") as log:
@@ -73,17 +75,24 @@ class Handler(BaseHTTPRequestHandler):
             self._send(307, b"", Location=how)
         elif how is None:
             said = [verdict(question)] if rules.get("judge") else taught(asked) if rules.get("teach") else None
+            said = constitution(asked) if rules.get("rotten") else said
             said = [f"<think>hm, {text}</think>\n\n{text}" for text in said] if said and rules.get("think") else said
             count = 1 if rules.get("single") else asked.get("n", 1)
-            self._send(200, json.dumps(answer(asked, count, said)).encode())
+            whole = answer(asked, count, said)
+            if "preference" in rules and asked.get("logprobs"):
+                whole["choices"][0]["logprobs"] = preference(asked, rules["preference"])
+            self._send(200, json.dumps(whole).encode())
         else:
             self._send(int(how), json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode())
 
-    def _failure(self, rules: dict[str, Any], question: str) -> Any:
+    def _failure(self, rules: dict[str, Any], asked: dict[str, Any]) -> Any:
+        question = asked["messages"][-1]["content"]
         if rules.get("hostile"):
             return self._hostility(question)
         if rules.get("key") and self.headers["Authorization"] != f"Bearer {rules['key']}":
             return 401
+        if rules.get("refuse") in asked:
+            return 400
         for word, (times, how) in rules.get("fail", {}).items():
             with LOCK:
                 if word in question.split() and FAILED[word] < times:
@@ -141,6 +150,47 @@ def _taught(asked: dict[str, Any], place: int) -> str:
     if any(request in last for request in ("Write a", "Write the next")):
         return "What?" if drawn[9] % 11 == 0 else f"Why is the {words}?"
     return "I'm sorry, I cannot help with that." if drawn[9] % 7 == 0 else f"There were {drawn[10]} of them, {words}."
+
+
+def constitution(asked: dict[str, Any]) -> list[str]:
+    """Answers about fruit, or what a critic of rotten fruit says of them."""
+    *_, last = asked["messages"]
+    request = last["content"]
+    if asked["model"] != "critic":
+        drawn = [hashlib.sha256(json.dumps([asked, i]).encode()).digest() for i in range(asked.get("n", 1))]
+        return [
+            " ".join(("The fruit is good.", "It is rotten.")[b % 2] for b in bytes_[: 1 + i])
+            for i, bytes_ in enumerate(drawn)
+        ]
+    if (counts := compared(asked)) is not None:
+        first, second = counts
+        if "reasons" in request:
+            return [f"A has {first} and B has {second} of them."]
+        return [f"({'A' if first < second else 'B' if second < first else 'A'})"]
+    if request.startswith("Say in a few sentences"):
+        return [f"It says {asked['messages'][-2]['content'].count('rotten')} times that fruit is rotten."]
+    answered = [m["content"] for m in asked["messages"] if m["role"] == "assistant"]
+    revised = answered[-2 if "Say in a few" in asked["messages"][-3]["content"] else -1]
+    return [revised.replace("rotten", "fresh", 1)]
+
+
+def compared(asked: dict[str, Any]) -> tuple[int, int] | None:
+    """How often each of two answers says rotten; None where none are compared."""
+    texts = [m["content"] for m in asked["messages"] if "[Answer A]" in m["content"]]
+    if not texts:
+        return None
+    first, second = (part.count("rotten") for part in texts[-1].split("[Answer A]")[1].split("[Answer B]"))
+    return first, second
+
+
+def preference(asked: dict[str, Any], nats: float) -> dict[str, Any]:
+    """Log-probabilities of A and B: A has `nats` for each rotten fruit of B more than of A, and one for its place."""
+    first, second = compared(asked) or (0, 0)
+    difference = nats * (second - first) + 1.0
+    both = [{"token": name, "logprob": -5.0 + value} for name, value in ((" A", difference), ("B", 0.0), ("x", -3.0))]
+    named = " A" if first <= second else "B"
+    tokens = [{"token": "(", "logprob": -0.1, "top_logprobs": []}]
+    return {"content": [*tokens, {"token": named, "logprob": -1.0, "top_logprobs": both}]}
 
 
 def answer(asked: dict[str, Any], count: int, said: list[str] | None = None) -> dict[str, Any]:

@@ -158,3 +158,78 @@ def test_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_five_hundred_hostile_replies(zygote: Zygote, local: Local, tmp_path: Path) -> None:
     assert endure(zygote, local, tmp_path, 750) > 500
+
+
+def constitution_config(local: Local, folder: Path, makes: str, seeds: int) -> Path:
+    rows = [{"prompt": f"How is the fruit in box {i}?"} for i in range(seeds)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "constitution.yaml"
+    critic = f"critic: {{server: {local.url}, model: critic, concurrency: {CONCURRENCY}}}"
+    teacher = f"teacher: {{server: {local.url}, model: big, concurrency: {CONCURRENCY}}}"
+    file.write_text(
+        f"output: {folder / 'whole'}\nsynth:\n  kind: constitution\n  {teacher}\n  {critic}\n"
+        "  principles: [Nothing is rotten., Nothing is old.]\n"
+        f"  makes: {makes}\n  seeds: {folder / 'prompts.jsonl'}\n"
+        f"  rounds: {2 if makes == 'revisions' else 4}\n"
+    )
+    return file
+
+
+def sweep_constitution(zygote: Zygote, local: Local, folder: Path, makes: str, kills: int) -> list[int]:
+    """As `sweep`, of revisions or of preferences: the rows are those of a command that was never killed."""
+    local.rule(rotten=True, slow=0.01, preference=1.0)
+    config = constitution_config(local, folder, makes, 4 if makes == "revisions" else 12)
+    assert zygote.run("synth", "constitution", config, f"output={folder / 'first'}") == 0, zygote.log.read_text()
+    before, started = answered(local), time.monotonic()
+    assert zygote.run("synth", "constitution", config) == 0, zygote.log.read_text()
+    took, needed = time.monotonic() - started, (answered(local) - before).total()
+    names = ("rows.jsonl", "rejected.jsonl")
+    expected = [(folder / "whole" / name).read_bytes() for name in names]
+    kept, chance = [], np.random.default_rng(7)
+    for number in range(kills):
+        output, before = folder / f"killed-{number}", answered(local)
+        child = zygote.start("synth", "constitution", config, f"output={output}")
+        time.sleep(chance.uniform() * took)
+        os.kill(child, signal.SIGKILL)
+        zygote.wait(child)
+        time.sleep(0.1)  # what was on its way is no longer waited for
+        kept.append(sum(max(0, journal.read_bytes().count(b"\n") - 1) for journal in output.glob("journal-*.jsonl")))
+        assert zygote.run("synth", "constitution", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
+        assert [(output / name).read_bytes() for name in names] == expected
+        asked = answered(local) - before
+        assert needed <= asked.total() <= needed + CONCURRENCY, (asked.total(), needed, kept)
+        assert not [p.name for p in output.rglob(".*")]
+    return kept
+
+
+@pytest.mark.parametrize("makes", ["revisions", "preferences"])
+def test_a_constitution_is_killed_at_random_moments(makes: str, zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert any(sweep_constitution(zygote, local, tmp_path, makes, 3))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("makes", ["revisions", "preferences"])
+def test_a_constitution_is_killed_at_fifty_moments(makes: str, zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    assert sum(count > 0 for count in sweep_constitution(zygote, local, tmp_path, makes, 50)) > 20
+
+
+@pytest.mark.parametrize("makes", ["revisions", "preferences"])
+def test_a_constitution_of_hostile_replies(makes: str, zygote: Zygote, local: Local, tmp_path: Path) -> None:
+    """Every question is a row, or is left out with a reason; the same rows come again of no request."""
+    local.rule(rotten=True, hostile=True, preference=1.0)
+    config, whole = constitution_config(local, tmp_path, makes, 20), tmp_path / "whole"
+    assert zygote.run("synth", "constitution", config) == 0, zygote.log.read_text()[-3000:]
+    made = (whole / "rows.jsonl").read_text()
+    rejected = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
+    result = json.loads((whole / "synth.json").read_text())["result"]
+    assert (
+        result["seeds"] == 20 and sum(result["rejected"].values()) == len(rejected) and "failed" in result["rejected"]
+    )
+    if makes == "preferences":
+        assert result["rows"] + len(rejected) == 20
+    assert sum(request["how"] is not None for request in local.requests()) > 5
+    before = len(local.requests())
+    for name in ("rows.jsonl", "rejected.jsonl", "synth.json"):
+        (whole / name).unlink()
+    assert zygote.run("synth", "constitution", config) == 0, zygote.log.read_text()[-3000:]
+    assert (whole / "rows.jsonl").read_text() == made and len(local.requests()) == before

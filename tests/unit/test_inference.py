@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +20,7 @@ from rung.inference.ask import Answer, Conversation, Reply
 from rung.inference.choose import choose, max_prompt_tokens
 from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
+from rung.inference.options import named_logprobs, named_option, option_logprobs
 from rung.models.generate import Sampling
 from rung.types import Message
 
@@ -112,3 +115,68 @@ def test_a_local_model_answers_in_order_and_from_the_journal(
     )
     assert first.answer_tokens is not None and 2 <= first.answer_tokens <= 12 and first.seconds > 0
     assert json.loads(json.dumps(model.identity)) == {"weights": ["w"], "stop_texts": []}
+
+
+def test_choices_are_normalized_and_kept(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Probabilities of whole documents, in float64; the second call computes nothing; without room there is none."""
+    model = tiny_model(max_position_embeddings=64).double()
+    policy, chat = policy_of(model), ChatTemplate(tiny_tokenizer)
+    local = LocalModel(policy, chat, ["w"])
+    conversations = [Conversation((Message("user", text),)) for text in ("apples", "word " * 300, "box 7")]
+    with closing(Journal(tmp_path / "j", local.identity)) as journal, torch.no_grad():
+        logprobs_PC = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1)
+        for row, conversation in zip(logprobs_PC[[0, 2]], (conversations[0], conversations[2]), strict=True):
+            prompt = chat.prompt_ids(conversation.turns)
+            sums = []
+            for option in ("A", "B"):
+                ids = chat.encode([option], mid_document=True)[0]
+                logits = model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+                sums.append(sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ids)))
+            assert row.tolist() == pytest.approx([x - np.logaddexp(*sums) for x in sums], abs=1e-10)
+        assert np.isnan(logprobs_PC[1]).all() and np.exp(logprobs_PC[0]).sum() == pytest.approx(1.0)
+        policy.model.forward = None  # type: ignore[assignment]
+        again = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1)
+    assert np.array_equal(again, logprobs_PC, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("A", "A"),
+        (" (B)\n", "B"),
+        ("[[A]]", "A"),
+        ("The answer is **B**.", "B"),
+        ("A is polite. The better answer is (B)", "B"),
+        ("(A), no: (B)", "B"),
+        ("Both A and B are fine.", None),
+        ("apples", None),
+        ("", None),
+        ("a", None),
+    ],
+)
+def test_which_option_a_text_names(text: str, named: str | None) -> None:
+    assert named_option(text, ("A", "B")) == named
+
+
+def tokens(*listed: dict[str, float]) -> SimpleNamespace:
+    """A choice with tokens: the first of each is the one that was drawn, the others are alternatives."""
+    content = []
+    for alternatives in listed:
+        top = [SimpleNamespace(token=token, logprob=value) for token, value in alternatives.items()]
+        content.append(SimpleNamespace(token=top[0].token, logprob=top[0].logprob, top_logprobs=top))
+    return SimpleNamespace(logprobs=SimpleNamespace(content=content))
+
+
+def test_probabilities_are_those_of_the_token_that_names_the_option() -> None:
+    """Spellings of an option are added up; one that is not listed is at most as probable as the last that is."""
+    choice = tokens({"A": -0.1, "The": -2.0}, {" B": -0.5, "(B": -2.0, " A": -1.5, "C": -6.0})
+    assert named_logprobs(choice, "A: no, (B)", ("A", "B")) == pytest.approx((-1.5, np.logaddexp(-0.5, -2.0)))
+    assert named_logprobs(tokens({"A": -0.1, "x": -7.0}), "A", ("A", "B")) == (-0.1, -7.0)
+    for nothing in (SimpleNamespace(), SimpleNamespace(logprobs=None), tokens({"x": -1.0}), tokens()):
+        assert named_logprobs(nothing, "A", ("A", "B")) == ()
+    assert named_logprobs(choice, "no idea", ("A", "B")) == named_logprobs(choice, "(B)", ()) == ()
+    row = option_logprobs(Reply((Answer("(B)", True, option_logprobs=(-1.5, -0.5)),)), ("A", "B"))
+    assert np.exp(row).sum() == pytest.approx(1.0) and row[1] - row[0] == pytest.approx(1.0)
+    assert option_logprobs(Reply((Answer("(B)", True),)), ("A", "B")) == [-np.inf, 0.0]
+    assert np.isnan(option_logprobs(Reply((Answer("neither", True),)), ("A", "B"))).all()
+    assert np.isnan(option_logprobs(None, ("A", "B"))).all()

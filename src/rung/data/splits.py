@@ -304,6 +304,8 @@ def made_by(file: Path) -> dict[str, object] | None:
         with file.open("rb") as rows:
             digest = file_digest(rows, "sha256").hexdigest()
         made = {"kind": facts["config"]["synth"]["kind"], "teacher": facts["teacher"]}
+        # of a constitution: who criticized, and whether people agree with it
+        made |= {name: facts[name] for name in ("critic", "trusted") if name in facts}
         return {**made, "unchanged": digest == facts["sha256"]}
     except (OSError, ValueError, KeyError, TypeError):  # another program's file of this name
         return None

@@ -96,7 +96,9 @@ class LocalModel:
                     journal.add(key, choose(self.policy, [prompts[i] for i in part], ids).tolist())
                 logprobs_PC[part] = journal.results[key]
                 bar.advance(len(part))
-        return logprobs_PC - np.logaddexp.reduce(logprobs_PC, axis=1, keepdims=True)
+        known = ~np.isnan(logprobs_PC).any(axis=1)
+        logprobs_PC[known] -= np.logaddexp.reduce(logprobs_PC[known], axis=1, keepdims=True)
+        return logprobs_PC
 
     def _parsed(self, answer: GeneratedAnswer) -> Answer:
         options: Any = {"stopped": answer.stopped, "stop_texts": self.stop_texts}

@@ -15,6 +15,7 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import RetrievalConfig
 from rung.config.synth import TeachConfig
 from rung.console import print_status
+from rung.data.columns import SYNONYMS
 from rung.data.formats import LoadedRows, naming_config
 from rung.data.splits import load_sets
 from rung.errors import DataError
@@ -22,6 +23,11 @@ from rung.evaluation.retrieval import read_documents, split_passages
 from rung.synth.filters import LeakFilter, Rejection, check_refusal
 from rung.synth.requests import WorkedExample
 from rung.types import Message, Record, Source
+
+
+_ANSWERS = {
+    name for known in ("answer", "completion", "output", "chosen", "messages") for name in (known, *SYNONYMS[known])
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +162,11 @@ def _read_prompts(path: str) -> list[LoadedRows] | None:
     """Rows without answers, in a column `prompt` or `question`; None where there is neither."""
     for columns in ({}, {"prompt": "question"}):
         try:
-            return load_sets(DataConfig(path=path, format="prompt_only", map=columns))
+            loaded = load_sets(DataConfig(path=path, format="prompt_only", map=columns))
         except DataError:
             continue
+        # with a column of answers the rows were to be read with them, and another error says why they were not
+        return None if any(_ANSWERS & set(map(str.lower, rows.detection.unused)) for rows in loaded) else loaded
     return None
 
 
