@@ -16,6 +16,7 @@ BASES = {
     *("Protocol", "PolicyMethod", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function"),
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     "CodeLimitsConfig",
+    "JudgeConfig",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
     *("float", "str"),

@@ -5,11 +5,12 @@
 RULES is a JSON object, read anew at every request: `fail` names, by a word of the question, how many times it fails
 and how (a status, `drop`, `garbage`, `empty`, a URL to redirect to, or {"body": ...}, which is sent as it is); `key` is
 the key that is asked for; `slow` seconds pass before an answer; with `judge` it prefers the answer with more apples in
-it, and writes no verdict on box 6; with `teach` it writes questions about boxes and answers them, drawn by what it was
-asked, some of them refusals; with `think` it writes reasoning before them, with `single` it gives one answer whatever
-`n` is; with `rotten` it says that fruit is good or rotten, and as a critic by the name `critic` it finds `rotten`,
-writes answers without it, and prefers the answer with less of it, with the log-probabilities of `preference`, a number
-of nats a word, or none. `refuse` is a word of a request, such as logprobs, for which it gets 400.
+it, or with more of the text that `judge` is, and writes no verdict on box 6; with `teach` it writes questions about
+boxes and answers them, drawn by what it was asked, some of them refusals; with `think` it writes reasoning before them,
+with `single` it gives one answer whatever `n` is; with `rotten` it says that fruit is good or rotten, and as a critic
+by the name `critic` it finds `rotten`, writes answers without it, and prefers the answer with less of it, with the
+log-probabilities of `preference`, a number of nats a word, or none. `refuse` is a word of a request, such as logprobs,
+for which it gets 400.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(how, str) and how.startswith("http"):
             self._send(307, b"", Location=how)
         elif how is None:
-            said = [verdict(question)] if rules.get("judge") else taught(asked) if rules.get("teach") else None
+            is_judged = rules.get("judge") and "[Answer A]" in question
+            said = [verdict(question, rules["judge"])] if is_judged else taught(asked) if rules.get("teach") else None
             said = constitution(asked) if rules.get("rotten") else said
             said = [f"<think>hm, {text}</think>\n\n{text}" for text in said] if said and rules.get("think") else said
             count = 1 if rules.get("single") else asked.get("n", 1)
@@ -123,11 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         return
 
 
-def verdict(question: str) -> str:
+def verdict(question: str, rule: str | bool) -> str:
     if "box 6\n" in question:
         return "Both are fine."
-    first, second = (part.count("apples") for part in question.split("[Answer A]")[1].split("[Answer B]"))
-    return f"{first} and {second} apples. [[{'A' if first > second else 'B' if second > first else 'C'}]]"
+    wanted = rule if isinstance(rule, str) else "apples"
+    answers = question.split("[Answer A]")[1].rpartition("\n\nWhich answer is better?")[0].split("[Answer B]")
+    first, second = (answer.count(wanted) for answer in answers)
+    return f"{first} and {second} {wanted}. [[{'A' if first > second else 'B' if second > first else 'C'}]]"
 
 
 WORDS = (

@@ -48,8 +48,8 @@ _MODULES = {
     "config.model": ("ModelConfig",),
     "config.objective": (
         *("AdaptiveKlConfig", "CodeRewardConfig", "DistillConfig", "FunctionRewardConfig", "GrpoConfig"),
-        *("ModelRewardConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig", "RegexRewardConfig"),
-        *("RewardConfig", "RolloutConfig", "SftConfig", "TeacherPromptConfig", "VerifierConfig"),
+        *("JudgeRewardConfig", "ModelRewardConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig"),
+        *("RegexRewardConfig", "RewardConfig", "RolloutConfig", "SftConfig", "TeacherPromptConfig", "VerifierConfig"),
     ),
     "config.run": ("RunConfig",),
     "config.synth": (

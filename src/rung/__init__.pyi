@@ -45,6 +45,7 @@ from rung.config.objective import CodeRewardConfig as CodeRewardConfig
 from rung.config.objective import DistillConfig as DistillConfig
 from rung.config.objective import FunctionRewardConfig as FunctionRewardConfig
 from rung.config.objective import GrpoConfig as GrpoConfig
+from rung.config.objective import JudgeRewardConfig as JudgeRewardConfig
 from rung.config.objective import ModelRewardConfig as ModelRewardConfig
 from rung.config.objective import PpoConfig as PpoConfig
 from rung.config.objective import PpoStopConfig as PpoStopConfig

@@ -537,6 +537,8 @@ class ImproveResult(Result):
     """Why there was no further round."""
     test: dict[str, Any] | None = None
     """pass@k of the first and of the best model on the test split, and their paired difference; None without one."""
+    judge: JudgeAgreement | None = None
+    """Agreement with people of the judge that accepted the answers; None without a judge."""
 
 
 class MergeResult(Result):

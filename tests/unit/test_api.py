@@ -21,6 +21,7 @@ PUBLIC = {
         *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
         *("DataConfig", "DistillConfig", "EvaluationConfig", "FiltersConfig"),
         *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
+        "JudgeRewardConfig",
         *("LoraConfig", "LotteryConfig", "MixtureConfig", "ModelConfig", "ModelRewardConfig", "OnTopConfig"),
         *("OptimizerConfig", "PTuningConfig", "PeftTunerConfig", "PpoConfig", "PpoStopConfig", "PreferenceConfig"),
         *("ExamplesConfig", "ImproveConfig", "ImproveRunConfig", "MakesConfig", "PriceConfig", "SelectionConfig"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from rung.errors import ConfigError, DataError
 from rung.evaluation.judge import (
     MARKS,
     AnswerPair,
+    AskJudge,
     JudgeVerdict,
     judge_both_orders,
     judge_by_logprobs,
@@ -24,7 +27,10 @@ from rung.evaluation.judge import (
     parse_verdict,
     read_human_labels,
 )
-from rung.types import Message
+from rung.results import JudgeAgreement
+from rung.runs.judge import AnsweredQuestion, Judge, JudgeScorer
+from rung.scoring.pairwise import Outcome, win_share
+from rung.types import Message, Record, Source
 
 PAIR = AnswerPair("What is in it?", "apples and pears", "stones", "rows line 1", "a box", "apples")
 SPEC = JudgeConfig(model="tiny")
@@ -118,3 +124,85 @@ def test_a_judge_spec_is_checked() -> None:
         parse_config({**run, "evaluation": {"judge": {"model": "m", "concurrency": 2}}})
     with pytest.raises(ConfigError, match="server"):
         parse_config({**run, "evaluation": {"judge": {"model": "m", "server": "localhost"}}})
+
+
+def test_a_share_of_wins_counts_each_comparison_once() -> None:
+    """Every outcome of three comparisons against a sum of 1, 1/2 and 0, in either order of the pair."""
+    values: dict[Outcome | None, float] = {"first": 1.0, "tie": 0.5, "second": 0.0, None: 0.0}
+    for outcomes in product(values, repeat=3):
+        seen = {("a", other): outcome for other, outcome in zip("bcd", outcomes, strict=True)}
+        expected = sum(values[outcome] for outcome in outcomes) / 3
+        assert win_share("a", "bcd", seen) == expected
+        turned: dict[Outcome | None, Outcome | None] = {"first": "second", "second": "first", "tie": "tie", None: None}
+        assert win_share("a", "bcd", {(other, "a"): turned[o] for (_, other), o in seen.items()}) == expected
+    assert win_share("a", "aab", {("a", "b"): "first"}) == 2.0 / 3
+    assert win_share("a", "", {}) == 0.0
+
+
+class RuleJudge(Judge):
+    """A judge whose mark is a function of the answers shown as A and as B; it counts the pairs."""
+
+    def __init__(self, mark: Callable[[str, str], str | None], config: JudgeConfig = SPEC) -> None:
+        self.config, self._mark, self.prompts = config, mark, list[str]()
+
+    def _ask_function(self, folder: Path, title: str | None) -> AskJudge:
+        def ask(prompts: object) -> list[JudgeVerdict]:
+            verdicts = []
+            for _, user in prompts:  # type: ignore[attr-defined]
+                self.prompts.append(user.content)
+                shown = user.content.split("[Answer A]\n")[1].rpartition("\n\nWhich answer")[0]
+                verdicts.append(JudgeVerdict(self._mark(*shown.split("\n\n[Answer B]\n")), None))
+            return verdicts
+
+        return ask
+
+
+def by_length(first: str, second: str) -> str | None:
+    """The longer answer is better; nothing is said about an answer with a question mark."""
+    if "?" in first + second:
+        return None
+    return "C" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+
+
+def row(answer: str = "xx", question: str = "q") -> Record:
+    return Record((Message("user", question), Message("assistant", answer)), Source("rows", 1), "c", group="g")
+
+
+TRUSTED = JudgeAgreement(trusted=True, reason="as people say")
+
+
+def test_scores_of_a_group_are_shares_of_wins() -> None:
+    judge = RuleJudge(by_length)
+    scores = JudgeScorer(judge, "group", TRUSTED)(
+        [
+            AnsweredQuestion(row(), ("aaa", "b", "aaa", "cc")),
+            AnsweredQuestion(row(), ("d",)),
+            AnsweredQuestion(row(), ("e?", "f")),
+        ]
+    )
+    # aaa ties with its equal and beats b and cc; b loses all; cc beats b; alone there is nothing to win
+    assert scores == [[2.5 / 3, 0.0, 2.5 / 3, 1 / 3], [0.0], [0.0, 0.0]]
+    # three distinct answers and one pair, each in both orders: equal ones are not asked about
+    assert len(judge.prompts) == 2 * (3 + 1)
+    assert all("c\n\nq" in prompt and "Expected answer" not in prompt for prompt in judge.prompts)
+    with_reference = RuleJudge(by_length, JudgeConfig(model="x", reference=True))
+    JudgeScorer(with_reference, "group", TRUSTED)([AnsweredQuestion(row(), ("a", "bb"))])
+    assert all("[Expected answer]\nxx" in prompt for prompt in with_reference.prompts)
+
+
+def test_scores_against_the_expected_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    judge = RuleJudge(by_length)
+    answers = ("a", "bb", "ccc", "xx", "?", "ccc")
+    scores = JudgeScorer(judge, "expected", TRUSTED)([AnsweredQuestion(row(), answers)])
+    assert scores == [[0.0, 0.5, 1.0, 0.5, 0.0, 1.0]]
+    assert len(judge.prompts) == 2 * 4
+    assert "1 of 4 comparisons have no readable verdict" in "".join(capfd.readouterr())
+
+
+def test_a_judge_that_looks_at_the_order_alone_makes_ties() -> None:
+    """Both orders are averaged, so a judge with a position bias ranks nothing."""
+    answers = ("a", "bb", "ccc")
+    assert len(list(combinations(answers, 2))) == 3
+    for mark in ("A", "B"):
+        judge = RuleJudge(lambda first, second, mark=mark: mark)  # type: ignore[misc]
+        assert JudgeScorer(judge, "group", TRUSTED)([AnsweredQuestion(row(), answers)]) == [[0.5, 0.5, 0.5]]

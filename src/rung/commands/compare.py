@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rung.commands.evaluate import evaluate_on_task, evaluation_task, task_name
-from rung.commands.judge import judge_pairs
 from rung.config.io import ConfigSource
 from rung.errors import ConfigError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.evaluation.judge import AnswerPair
 from rung.files import write_text
 from rung.results import ComparisonResult, MetricComparison
+from rung.runs.judge import judge_pairs
 from rung.runs.load import refuse_climb
 from rung.scoring.recommendation import paired_gain
 from rung.scoring.stats import detectable_difference

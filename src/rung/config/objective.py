@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from rung.config.base import Config
 from rung.config.code import CodeLimitsConfig
 from rung.config.evaluation import Context, ExampleSelection
+from rung.config.judge import JudgeConfig
 
 
 class ObjectiveBase(Config):
@@ -191,8 +192,29 @@ class ModelRewardConfig(Config):
     """Use the reward model even if its check on held-out pairs is not `healthy`."""
 
 
+class JudgeRewardConfig(JudgeConfig):
+    """Reward from a judge: the share of its comparisons that an answer wins; a tie counts half."""
+
+    kind: Literal["judge"] = "judge"
+    against: Literal["group", "expected"] = "group"
+    """What an answer is compared with, in both orders: `group`: the other answers to the same prompt; `expected`: the
+    expected answer of the row, so that 1 is better, 0.5 as good and 0 worse."""
+    human_labels: str = Field(default=..., min_length=1)
+    """File of pairs labeled by people, on which the judge is measured before its verdicts are used."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.reference and self.against == "expected":
+            raise ValueError("reference shows the judge the expected answer, with which against: expected compares")
+
+
 RewardSourceConfig = Annotated[
-    VerifierConfig | RegexRewardConfig | CodeRewardConfig | FunctionRewardConfig | ModelRewardConfig,
+    VerifierConfig
+    | RegexRewardConfig
+    | CodeRewardConfig
+    | FunctionRewardConfig
+    | ModelRewardConfig
+    | JudgeRewardConfig,
     Field(discriminator="kind"),
 ]
 
@@ -344,6 +366,10 @@ class PpoConfig(ReinforcementBase):
     def _check(self) -> None:
         if not self.kl_weight and (self.reference != "base" or self.adaptive_kl is not None):
             raise ValueError("beta: 0 knows no reference, and nothing to adapt")
+        is_relative = isinstance(self.reward, JudgeRewardConfig) and self.reward.against == "group"
+        if is_relative and self.rollout.num_generations < 2:
+            hint = "set reward.against: expected, or rollout.num_generations of 2 or more"
+            raise ValueError(f"one answer to a prompt leaves a judge nothing to compare it with: {hint}")
         if self.value == "reward" and self.reward.kind != "model":
             raise ValueError("value: reward needs reward: {kind: model, run: ...}")
 

@@ -23,7 +23,7 @@ from rung.config.evaluation import EvaluationConfig
 from rung.config.judge import JudgeConfig
 from rung.config.method import LoraConfig, MethodConfig
 from rung.config.model import ModelConfig
-from rung.config.objective import RewardSourceConfig
+from rung.config.objective import JudgeRewardConfig, RewardSourceConfig
 from rung.config.run import RunConfig
 from rung.config.training import TrainingConfig
 
@@ -127,6 +127,10 @@ class SelectionConfig(Config):
     def _check(self) -> None:
         if self.verifier is not None and self.judge is not None:
             raise ValueError("either a verifier or a judge scores answers")
+        if isinstance(self.verifier, JudgeRewardConfig) and self.verifier.against == "group":
+            raise ValueError(
+                "a judge that compares the sampled answers is set in `judge`; as verifier: against: expected"
+            )
 
 
 class TeachConfig(Config):
@@ -224,6 +228,8 @@ class TeachConfig(Config):
             raise ValueError("several answers to a question need a verifier or a judge that chooses among them")
         if self.samples_per_question == 1 and self.selection.judge is not None:
             raise ValueError("a judge compares answers: set selection.samples to 2 or more")
+        if self.selection.judge is not None and self.selection.judge.reference and self.questions == "made":
+            raise ValueError("judge.reference shows the expected answer, and made questions have none")
 
 
 class ImproveConfig(Config):
@@ -236,7 +242,8 @@ class ImproveConfig(Config):
     verifier: RewardSourceConfig = Field(default=...)
     """What accepts an answer: a score above `threshold`."""
     threshold: float = 0.0
-    """Score above which an answer is accepted; the scores of a reward run have a level of their own."""
+    """Score above which an answer is accepted; the scores of a reward run have a level of their own. A judge gives 1 to
+    an answer that is better than the expected one and 0.5 to one that is as good: 0 accepts both, 0.5 the better."""
     start: str | None = None
     """Run whose model answers in the first round; default: the base of `model`."""
     rounds: PositiveInt = 3
@@ -254,6 +261,15 @@ class ImproveConfig(Config):
     """Train on the answers of the data as well."""
     pairs: bool = False
     """Write pairs of accepted and other answers too, for preferences and reward models."""
+
+    def _check(self) -> None:
+        if not isinstance(self.verifier, JudgeRewardConfig):
+            return
+        if self.verifier.against == "group":
+            reason = "a share of wins among the answers of one model says nothing about its level"
+            raise ValueError(f"{reason}: set verifier.against: expected")
+        if not 0.0 <= self.threshold < 1.0:
+            raise ValueError("a judge scores 0, 0.5 or 1: threshold is at least 0 and below 1, or it decides nothing")
 
 
 class TeachRunConfig(Config):

@@ -2,7 +2,7 @@
 
 Every pair is judged twice with the answers swapped, which doubles the cost and removes position bias. A local model is
 read by the log-probabilities of the marks A, B and C (no generation, never unreadable); a server by its text, because
-not every server returns log-probabilities. `commands.judge` and `commands.compare` use it.
+not every server returns log-probabilities. `runs.judge` and `commands.compare` use it.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def judge_prompt(pair: AnswerPair, config: JudgeConfig, swapped: bool, with_reas
     return Message("system", system), Message("user", "\n\n".join(parts))
 
 
-def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
+def judge_by_logprobs(policy: Policy, chat: ChatTemplate, title: str | None = "judge") -> AskJudge:
     """Judge with a loaded model: the mark with the highest log-probability (Zheng et al. 2023 parse text instead).
 
     Marks share their prompt and prompts share their beginning, so each is computed once. A prompt that leaves no room
-    for a mark is unreadable.
+    for a mark is unreadable. `title` None shows no progress bar.
     """
     options = [chat.encode([mark], mid_document=True)[0] for mark in MARKS]
 
@@ -128,7 +128,7 @@ def judge_by_logprobs(policy: Policy, chat: ChatTemplate) -> AskJudge:
         # answers to judge are text, whatever the judge was trained on
         as_text = chat.with_control_tokens(None)
         ids = [as_text.prompt_ids(turns) for turns in prompts]
-        with ProgressBar("judge", len(prompts)) as bar:
+        with ProgressBar(title, len(prompts)) as bar:
             logprobs_PC = choose(policy, ids, options, bar.advance)
         limit = max_prompt_tokens(policy, options)
         return [_verdict(row, len(prompt), limit) for row, prompt in zip(logprobs_PC.tolist(), ids, strict=True)]

@@ -2,8 +2,7 @@
 
 `AnswerModel` is what can be asked: a model in this process (`inference.local_model`) or one behind a server
 (`inference.openai_client`). Both keep what was answered under the content of the request, so a command that is run
-again asks only what is missing, in whatever order its stages come. `commands.generate`, `commands.judge` and `synth`
-ask.
+again asks only what is missing, in whatever order its stages come. `commands.generate`, `runs.judge` and `synth` ask.
 """
 
 from __future__ import annotations

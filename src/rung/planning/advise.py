@@ -16,7 +16,7 @@ from typing import Any
 
 from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
-from rung.config.objective import ModelRewardConfig
+from rung.config.objective import JudgeRewardConfig, ModelRewardConfig
 from rung.config.run import RunConfig
 from rung.config.support import multi_process_refusal, sharding_refusal
 from rung.errors import ConfigError, PlanError
@@ -264,6 +264,8 @@ def auxiliary_shapes(config: RunConfig) -> dict[str, ModelShape]:
         is_full_model = (Path(reward.run) / "model").exists() or config.method.kind in BASE_CHANGING_METHODS
         if is_full_model or base != config.model.name:  # else it is an adapter on this run's weights
             shapes["reward"] = _auxiliary_shape(config, reward.run, "objective.reward.run")
+    elif isinstance(reward, JudgeRewardConfig) and reward.server is None:
+        shapes["judge"] = _auxiliary_shape(config, reward.model, "objective.reward.model")
     return shapes
 
 

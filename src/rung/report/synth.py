@@ -65,7 +65,7 @@ def write_improve_page(folder: Path, result: ImproveResult, config: Mapping[str,
         scores = [format_estimate(estimate) for estimate in r.pass_at.values()]
         cells = [str(r.number), f"{r.rows:,}", *scores, gain, f"{r.all_right:.0%}", f"{r.all_wrong:.0%}"]
         rows.append({"cells": cells, "chosen": r.number == result.best})
-    facts: dict[str, str] = {"stopped": result.reason}
+    facts: dict[str, str] = {"stopped": result.reason, "judge": "" if result.judge is None else result.judge.reason}
     if result.test is not None:
         for name in ("start", "best"):
             facts[f"test, {name}"] = format_estimate(Estimate(**result.test[name]["1"]))

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rung.config.method import BASE_CHANGING_METHODS, LoraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS
-from rung.config.objective import DistillConfig, FunctionRewardConfig, ModelRewardConfig, PpoConfig
+from rung.config.objective import (
+    DistillConfig,
+    FunctionRewardConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    PpoConfig,
+)
 from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
@@ -32,6 +38,7 @@ from rung.objectives.registry import ObjectiveModels
 from rung.objectives.reward import ScoreHead
 from rung.planning.advise import require_reward_run
 from rung.runs.dataset import RunData
+from rung.runs.judge import AnsweredQuestion, JudgeScorer, open_judge_reward
 from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
 from rung.runs.teacher import load_teacher, require_same_rope_boundary
 from rung.scoring.verifiers import Verifier, make_verifier, verify_all
@@ -39,8 +46,8 @@ from rung.training.rollout import RewardFunction
 from rung.training.run_folder import read_manifest
 from rung.types import CodeTests, Example, Record
 
-RewardSource = Verifier | RewardScorer
-"""What scores an answer: a function of its text, or a reward model."""
+RewardSource = Verifier | RewardScorer | JudgeScorer
+"""What scores an answer: a function of its text, a reward model, or a judge that compares it with others."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, data: RunData) -> 
         fingerprints["reward"] = _digest(sorted(run.glob("[am]*/**/*.safetensors")))  # of adapter/ or model/
     elif isinstance(config.objective.reward, FunctionRewardConfig):
         fingerprints["reward"] = _digest([Path(config.objective.reward.path.rpartition(":")[0])])
+    elif isinstance(reward_source, JudgeScorer) and (weights := reward_source.judge.fingerprints):
+        fingerprints["reward"] = hashlib.sha256("".join(weights).encode()).hexdigest()
     teacher = load_teacher(config, base) if isinstance(config.objective, DistillConfig) else None
     if teacher is not None:
         fingerprints["teacher"] = teacher.base.fingerprint
@@ -100,13 +109,17 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -> RewardSource | None:
-    """The verifier or reward model of the config, if any; a reward model on the run's own base shares its weights.
+    """What rewards answers by the config, if anything; a reward model on the run's own base shares its weights.
 
-    Raises `ConfigError` where it cannot be used, `PlanError` for a reward model that is not healthy.
+    Raises `ConfigError` where it cannot be used, `PlanError` for a reward model that is not healthy and for a judge
+    with which people do not agree.
     """
     source = config.objective.reward
     if source is None:
         return None
+    if isinstance(source, JudgeRewardConfig):
+        _print_judge_requests(config, source)
+        return open_judge_reward(source, Path(config.output))
     if not isinstance(source, ModelRewardConfig):
         return make_verifier(source)
     path = Path(source.run)
@@ -129,6 +142,15 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
         summary = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(summary, where=source.run, given=", ".join(sorted(tasks)))
     return scorer
+
+
+def _print_judge_requests(config: RunConfig, source: JudgeRewardConfig) -> None:
+    """Say how often a judge is asked: the number grows with the square of a group."""
+    rollout, prompts = config.objective.rollout, config.training.examples_per_step
+    answers = rollout.num_generations if rollout else 1
+    # every pair in both orders
+    requests = prompts * answers * (answers - 1 if source.against == "group" else 2)
+    print_status(f"judge: up to {requests:,} verdicts a rollout, of {prompts:,} prompts with {answers} answers")
 
 
 def open_scorer(run: Path, chat: ChatTemplate, base: BaseModel | None) -> tuple[RewardScorer, RunConfig]:
@@ -176,6 +198,8 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
     """The reward of answers to these prompts."""
     if isinstance(source, RewardScorer):
         return lambda documents, answers: source(documents, budget)
+    if isinstance(source, JudgeScorer):
+        return _judge_function(source, chat, prompts)
 
     expected_calls: dict[int, str | None] = {}
 
@@ -193,6 +217,30 @@ def reward_function(source: RewardSource, chat: ChatTemplate, prompts: PromptDat
         return verify_all(source, texts, rows)
 
     return verify
+
+
+def validation_source(source: RewardSource) -> RewardSource:
+    """The reward of held-out answers, one to a prompt: a judge compares each with the expected answer of its row."""
+    return replace(source, against="expected") if isinstance(source, JudgeScorer) else source
+
+
+def _judge_function(scorer: JudgeScorer, chat: ChatTemplate, prompts: PromptDataset) -> RewardFunction:
+    """The judge's scores of the answers to each prompt, without their reasoning."""
+
+    def judge(documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> list[float]:
+        groups: dict[int, list[int]] = {}
+        for i, document in enumerate(documents):
+            groups.setdefault(document.row, []).append(i)
+        texts = [chat.parsed_answer(answer.all_tokens, stopped=answer.stopped).text for answer in answers]
+        questions = [AnsweredQuestion(prompts.records[row], [texts[i] for i in group]) for row, group in groups.items()]
+        scores = {
+            i: score
+            for group, part in zip(groups.values(), scorer(questions), strict=True)
+            for i, score in zip(group, part, strict=True)
+        }
+        return [scores[i] for i in range(len(documents))]
+
+    return judge
 
 
 def reward_row(record: Record, answer: ParsedAnswer, expected_calls: str | None, calls: str | None) -> dict[str, Any]:

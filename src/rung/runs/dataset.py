@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rung.config.evaluation import Context, RetrievalConfig
 from rung.config.method import front_virtual_tokens
-from rung.config.objective import CodeRewardConfig, ModelRewardConfig, VerifierConfig
+from rung.config.objective import CodeRewardConfig, JudgeRewardConfig, ModelRewardConfig, VerifierConfig
 from rung.config.run import RunConfig
 from rung.console import print_status, status
 from rung.data.cache import cached_examples
@@ -194,6 +194,18 @@ def tokenize_held_out(config: RunConfig, chat: ChatTemplate, records: Records, b
     return dataset
 
 
+def _require_answers_to_judge(validation: Records) -> None:
+    """Raise `DataError` for a held-out row without an answer: a policy gives it one answer, which has no group."""
+    for record in validation:
+        if not record.answer or record.is_undesirable:
+            summary = (
+                "a judge compares the answer to a held-out question with its expected answer, and this row has none"
+            )
+            raise DataError(
+                summary, where=str(record.source), hint="set data.validation: 0, or give these rows answers"
+            )
+
+
 def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max_tokens: int) -> RunData:
     """Prompts for a policy that samples the answers. Raises `DataError` if a reward needs answers that are missing."""
     source = config.objective.reward
@@ -205,12 +217,15 @@ def _prompt_only_data(config: RunConfig, splits: Splits, chat: ChatTemplate, max
             if record.is_prompt_only or record.is_undesirable:
                 summary = "this reward compares with the expected answer, and this row has none"
                 raise DataError(summary, where=str(record.source), given=f"objective.reward.kind: {source.kind}")
-            if source.kind == "regex" and record.messages[-1].tool_calls:
-                summary = "a pattern cannot compare tool calls, and this row ends in one"
+            if source.kind in ("regex", "judge") and record.messages[-1].tool_calls:
+                what = "a pattern" if source.kind == "regex" else "a judge"
+                summary = f"{what} cannot compare tool calls, and this row ends in one"
                 hint = "take objective.reward: {kind: exact}, which compares parsed calls, or {kind: function}"
                 raise DataError(summary, where=str(record.source), hint=hint)
             # now and not at the first rollout: a template may write calls in a form that is not read
             chat.expected_calls(record)
+    if isinstance(source, JudgeRewardConfig):
+        _require_answers_to_judge(splits.validation)
     rejects, overflow = config.data.rejects, config.data.overflow
     tokenize = partial(tokenize_prompts, chat, max_length=max_tokens, overflow=overflow, rejects=rejects)
     with status("tokenizing"):

@@ -41,8 +41,9 @@ from rung.planning.memory import estimate_memory
 from rung.report.formatting import format_bytes
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
-from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function
+from rung.runs.auxiliary_models import AuxiliaryModels, load_auxiliary_models, reward_function, validation_source
 from rung.runs.dataset import RunData, read_splits
+from rung.runs.judge import JudgeScorer
 from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train, settle_arithmetic
 from rung.runs.reward_head import write_score_head
 from rung.runs.teacher import tokenize_run
@@ -288,6 +289,9 @@ def _record_start(config: RunConfig, trainer: Trainer, data: RunData, models: Au
     if folder.writes:
         (folder.path / folders.NOT_FINITE_FILE).unlink(missing_ok=True)
     facts = {**hardware, "learning_rate": config.learning_rate}
+    facts |= (
+        {"judge": models.reward_source.agreement.to_json()} if isinstance(models.reward_source, JudgeScorer) else {}
+    )
     facts |= {"not_fused": unfused_count, "moves": coverage(policy.model, method.trainable()), "processes": world.size}
     folder.update(status="running", fingerprints=fingerprints, data=data.summary(), **facts)
 
@@ -308,7 +312,8 @@ def _rollouts(
     train = validation = None
     if source is not None and isinstance(prompts, PromptDataset):
         held_out = data.validation if isinstance(data.validation, PromptDataset) else prompts
-        train, validation = (reward_function(source, chat, part, budget) for part in (prompts, held_out))
+        train = reward_function(source, chat, prompts, budget)
+        validation = reward_function(validation_source(source), chat, held_out, budget)
     return RolloutSource(
         policy, objective, objective.rollout, chat.generation_stop_ids, train, validation, config.seed, budget
     )

@@ -2,12 +2,12 @@
 
 A judge sees each pair in both orders. It prefers an answer if it does so in both; if the orders disagree the pair is a
 tie (Zheng et al. 2023, section 3.4). Ties cost power and remove position bias. Unreadable verdicts are counted, never
-scored. Pure functions of verdicts, used by `commands.judge` and `commands.compare`.
+scored. Pure functions of verdicts, used by `runs.judge` and `commands.compare`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, zip_longest
 from typing import Literal
@@ -132,6 +132,25 @@ def fit_logistic(x: Floats, y: Floats, weights: Floats) -> Floats:
         if size.max() < 1e-10:
             break
     return coefficients
+
+
+def win_share(answer: str, opponents: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome | None]) -> float:
+    """Share of the comparisons with `opponents` that an answer wins, from 0 to 1; a tie counts half.
+
+    With all other answers as opponents it is MaxWins (Jiang et al. 2023), divided by the number of comparisons.
+    `outcomes` holds each pair of answers in one order; None, an unreadable verdict, is won by neither. An equal answer
+    ties. Without opponents the share is 0. An answer that beats one, ties with one and loses to one has 0.5.
+    """
+    values = [0.5 if other == answer else _value(answer, other, outcomes) for other in opponents]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _value(answer: str, other: str, outcomes: Mapping[tuple[str, str], Outcome | None]) -> float:
+    if (answer, other) in outcomes:
+        outcome = outcomes[answer, other]
+        return 0.0 if outcome is None else OUTCOME_VALUES[outcome]
+    outcome = outcomes[other, answer]
+    return 0.0 if outcome is None else 1.0 - OUTCOME_VALUES[outcome]
 
 
 def check_judge(

@@ -16,7 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rung.config.objective import CodeRewardConfig, FunctionRewardConfig, RegexRewardConfig, VerifierConfig
+from rung.config.objective import (
+    CodeRewardConfig,
+    FunctionRewardConfig,
+    JudgeRewardConfig,
+    RegexRewardConfig,
+    VerifierConfig,
+)
 from rung.errors import ConfigError, DataError
 from rung.scoring.answers import read_value
 from rung.scoring.code_answers import run_answers
@@ -58,21 +64,21 @@ def verify_all(verifier: Verifier, answers: Sequence[str], rows: Sequence[Row]) 
     return [verifier(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
 
-def make_verifier(config: RuleConfig) -> Verifier:
-    """The verifier of a config.
+def make_verifier(config: RuleConfig, where: str = "objective.reward") -> Verifier:
+    """The verifier of a config; `where` is the setting that names it.
 
     Raises `ConfigError` if the file or function does not exist, `PlanError` if programs cannot be isolated here.
     """
     if isinstance(config, CodeRewardConfig):
-        require_isolation("objective.reward.kind")
+        require_isolation(f"{where}.kind")
         return CodeVerifier(config)
     if isinstance(config, RegexRewardConfig):
         return _pattern_verifier(re.compile(config.pattern))
     if isinstance(config, FunctionRewardConfig):
-        return _function_verifier(config.path)
+        return _function_verifier(config.path, f"{where}.path")
     metric = METRICS[config.kind].function
     if config.kind == "math":
-        require_math_verify("objective.reward.kind")
+        require_math_verify(f"{where}.kind")
 
     def verify(answer: str, row: Row) -> float:
         if row.get("expects_calls"):
@@ -82,8 +88,10 @@ def make_verifier(config: RuleConfig) -> Verifier:
     return verify
 
 
-def needs_expected_answer(config: RuleConfig) -> bool:
+def needs_expected_answer(config: RuleConfig | JudgeRewardConfig) -> bool:
     """True if the verifier reads the expected answer: for a row without one the empty answer would be right."""
+    if isinstance(config, JudgeRewardConfig):
+        return config.against == "expected" or config.reference
     if isinstance(config, RegexRewardConfig):
         return re.compile(config.pattern).groups > 0
     return isinstance(config, VerifierConfig)
@@ -109,22 +117,22 @@ def _same_answer(text: str, expected: str) -> float:
     return metric(text, expected)
 
 
-def _function_verifier(path: str) -> Verifier:
+def _function_verifier(path: str, where: str) -> Verifier:
     file, _, name = path.rpartition(":")
     spec = importlib.util.spec_from_file_location("rung_reward", file) if Path(file).is_file() else None
     if spec is None or spec.loader is None:
-        raise ConfigError("there is no such file", where="objective.reward.path", given=file)
+        raise ConfigError("there is no such file", where=where, given=file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look up their module by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         summary = f"this file does not run: {type(error).__name__}: {error}"
-        raise ConfigError(summary, where="objective.reward.path", given=file) from error
+        raise ConfigError(summary, where=where, given=file) from error
     # only the name is looked up here; a wrong signature fails at the first answer
     function: Any = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError("this file has no such function", where="objective.reward.path", given=path)
+        raise ConfigError("this file has no such function", where=where, given=path)
 
     def verify(answer: str, row: Row) -> float:
         try:

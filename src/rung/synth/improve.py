@@ -10,9 +10,10 @@ round measured is on disk, so the same command continues after a stop.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +35,7 @@ from rung.models.generate import Sampling
 from rung.report.synth import write_improve_page
 from rung.results import ImproveResult, ImproveRound
 from rung.runs.dataset import read_splits, with_contexts
+from rung.runs.judge import AnsweredQuestion, JudgeScorer
 from rung.runs.load import (
     LoadedRun,
     load_base_to_train,
@@ -46,7 +48,7 @@ from rung.runs.load import (
 from rung.runs.teacher import tokenize_run
 from rung.runs.train import StartMode, train_on_data
 from rung.scoring.stats import paired_difference, pass_at_k, score_interval
-from rung.synth.answer_scores import AnsweredQuestion, ScoreAnswers, require_scorable, verifier_scorer
+from rung.synth.answer_scores import ScoreAnswers, require_scorable, verifier_scorer
 from rung.training.run_folder import LOCK_FILE, LOCK_FILES, read_json, read_manifest, write_json
 from rung.types import CodeTests, Message, Record
 
@@ -81,9 +83,13 @@ class SampledQuestion:
 class Improvement:
     """The rounds of one `rung synth improve`."""
 
-    def __init__(self, config: ImproveRunConfig) -> None:
-        """Raises `DataError` for rows that the verifier cannot judge."""
+    def __init__(self, config: ImproveRunConfig, verdicts: Path | None = None) -> None:
+        """Raises `DataError` for rows that the verifier cannot judge.
+
+        `verdicts` is the folder that keeps those of a judge behind a server; by default they are in the user's cache.
+        """
         self.config, self.synth, self.path = config, config.synth, Path(config.output)
+        self._verdicts = verdicts
         self.run_config = config.run_config(str(self.path / "run"))
         self.splits = read_splits(self.run_config)
         # as the model sees them; a row with a weight is asked once
@@ -91,7 +97,11 @@ class Improvement:
         self.questions = [train[int(i)] for i in distinct_conversations(train)]
         self.validation = self._seen(validation_records(self.run_config, self.splits))
         require_scorable([*self.questions, *self.validation], self.synth.verifier)
-        self._score: ScoreAnswers = verifier_scorer(self.synth.verifier)
+
+    @cached_property
+    def score(self) -> ScoreAnswers:
+        """The verifier, opened when it is first needed. Raises `PlanError` for a judge that is not trusted."""
+        return verifier_scorer(self.synth.verifier, "synth.verifier", self._verdicts)
 
     def run(self) -> ImproveResult:
         """Take the rounds and measure the best one on the test split."""
@@ -113,6 +123,7 @@ class Improvement:
             best=best,
             reason=reason,
             test=self._test(best) if len(self.splits.test) else None,
+            judge=self.score.agreement if isinstance(self.score, JudgeScorer) else None,
         )
 
     def preview(self, count: int) -> list[SampledQuestion]:
@@ -214,7 +225,7 @@ class Improvement:
             raise DataError(f"a question cannot be asked: {failures[0].reason}", where=str(record.source))
         answers = [[(a.text.strip(), a.stopped) for a in reply.answers] for reply in replies if reply is not None]
         asked = [AnsweredQuestion(r, [text for text, _ in texts]) for r, texts in zip(records, answers, strict=True)]
-        scores = self._score(asked)
+        scores = self.score(asked)
         return [
             SampledQuestion(
                 record,
@@ -268,28 +279,47 @@ def improve(config: ImproveRunConfig) -> ImproveResult:
 
     Raises `CheckpointError` for a folder of another config.
     """
-    folder, improvement = Path(config.output), Improvement(config)
-    about: dict[str, Any] = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
+    folder = Path(config.output)
     if folder.is_file():
         raise CheckpointError("this is a file", where=str(folder), hint="name another output=...")
-    if folder.exists() and any(p.name not in LOCK_FILES for p in folder.iterdir()):
-        manifest = read_json(folder / SYNTH_FILE) if (folder / SYNTH_FILE).exists() else {}
-        if changed := [name for name, value in about.items() if manifest.get(name) != value]:
-            what = f"rounds of another {' and other '.join(changed)}" if manifest else "something else"
-            raise CheckpointError(f"this folder holds {what}", where=str(folder), hint="name another output=...")
-        if "result" in manifest:
-            return ImproveResult(**manifest["result"])
-    lock = lock_file(folder / LOCK_FILE)
-    try:
+    # before anything is read: what another process begins here meanwhile must not pass as ours
+    with _locked(folder):
+        improvement = Improvement(config, folder)
+        about: dict[str, Any] = {"config": config_to_dict(config), "data": improvement.splits.fingerprint}
+        if (finished := _finished(folder, about)) is not None:
+            return finished
+        _ = improvement.score  # a verifier that cannot be used leaves no folder
         for place in (folder, *folder.glob("round-*")):
             recover_interrupted_writes(place)
         write_json(folder / SYNTH_FILE, about)
         result = improvement.run()
         write_improve_page(folder, result, about["config"])
         write_json(folder / SYNTH_FILE, {**about, "result": result.to_json()})
+    return result
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made where it is missing, and removed again where nothing was written."""
+    is_new, lock = not folder.exists(), lock_file(folder / LOCK_FILE)
+    try:
+        yield
     finally:
         lock.remove()
-    return result
+        if is_new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _finished(folder: Path, about: dict[str, Any]) -> ImproveResult | None:
+    """The result of a finished folder. Raises `CheckpointError` for a folder of another config or of something else."""
+    if all(path.name in LOCK_FILES for path in folder.iterdir()):
+        return None
+    manifest = read_json(folder / SYNTH_FILE) if (folder / SYNTH_FILE).exists() else {}
+    if changed := [name for name, value in about.items() if manifest.get(name) != value]:
+        what = f"rounds of another {' and other '.join(changed)}" if manifest else "something else"
+        raise CheckpointError(f"this folder holds {what}", where=str(folder), hint="name another output=...")
+    return ImproveResult(**manifest["result"]) if "result" in manifest else None
 
 
 def _conversation(record: Record, *, hint: bool) -> Conversation:

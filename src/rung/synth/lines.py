@@ -9,7 +9,7 @@ from typing import Any
 
 from rung.console import add_text_row
 from rung.report.formatting import empty_table, format_duration, format_estimate, render_lines
-from rung.results import ConstitutionResult, Estimate, ImproveResult, SynthCost, SynthResult
+from rung.results import ConstitutionResult, Estimate, ImproveResult, JudgeAgreement, SynthCost, SynthResult
 
 PREVIEW_CHARACTERS = 300
 """Characters of a text that a preview shows."""
@@ -28,10 +28,12 @@ def synth_lines(result: SynthResult) -> list[str]:
     lines.append(f"diversity: {result.diversity:.2f} of the word pairs of {shown} are distinct{seeds}")
     lines += cost_lines("cost", result.cost)
     lines.append(f"report  {Path(result.output).parent / 'report.html'}")
-    if result.judge is not None:
-        trusted = "trusted" if result.judge.trusted else "NOT TRUSTED"
-        lines.append(f"judge: {trusted}, {result.judge.reason}")
-    return lines
+    return lines + _judge_lines(result.judge)
+
+
+def _judge_lines(judge: JudgeAgreement | None) -> list[str]:
+    """Whether people agree with the judge that decided."""
+    return [] if judge is None else [f"judge: {'trusted' if judge.trusted else 'NOT TRUSTED'}, {judge.reason}"]
 
 
 def cost_lines(name: str, cost: SynthCost) -> list[str]:
@@ -117,7 +119,7 @@ def improve_lines(result: ImproveResult) -> list[str]:
         gain = format_estimate(Estimate(**result.test["gain"]), signed=True)
         text = " to ".join(map(format_estimate, both))
         lines.append(f"test, {result.test['questions']:,} questions: pass@1 from {text}, {gain}")
-    return lines
+    return lines + _judge_lines(result.judge)
 
 
 def sampled_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -22,8 +22,9 @@ from rung.errors import DataError
 from rung.inference.ask import Answer, AnswerModel, Conversation, without_reasoning
 from rung.inference.journal import Journal
 from rung.models.generate import Sampling
+from rung.runs.judge import AnsweredQuestion
 from rung.synth import requests
-from rung.synth.answer_scores import AnsweredQuestion, ScoreAnswers
+from rung.synth.answer_scores import ScoreAnswers
 from rung.synth.filters import (
     LanguageFilter,
     NearDuplicateFilter,
