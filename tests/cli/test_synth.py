@@ -97,6 +97,35 @@ def test_a_preview_writes_nothing(teach: Path, tmp_path: Path, capsys: Any) -> N
     assert code == 0 and len(json.loads(out)["rows"]) == 2
 
 
+def test_the_replies_of_a_preview_are_taken_over(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """What a preview asked is not asked again, by the command or by another preview, though filters have changed."""
+    assert inside(capsys, "synth", "teach", teach, "--preview", 4)[0] == 0
+    previewed = [json.dumps(request["asked"], sort_keys=True) for request in local.requests()]
+    assert len(previewed) >= 8
+    assert inside(capsys, "synth", "teach", teach, "--preview", 4, "synth.filters.refusals=false")[0] == 0
+    assert len(local.requests()) == len(previewed)
+    code, out, err = inside(capsys, "synth", "teach", teach, "--json")
+    assert code == 0, err
+    asked = [json.dumps(request["asked"], sort_keys=True) for request in local.requests()][len(previewed) :]
+    cost = json.loads(out)["cost"]["requests"]
+    taken = cost - len(asked)
+    assert not set(asked) & set(previewed) and taken >= 8
+    # they stand in the journal of the folder, and the rows are those of a command without a preview
+    (journal,) = (tmp_path / "made").glob("journal-*.jsonl")
+    assert len(lines(journal)) - 1 == cost
+    shutil.rmtree(tmp_path / "cache" / "synth-previews")
+    assert inside(capsys, "synth", "teach", teach, f"output={tmp_path / 'alone'}")[0] == 0
+    assert (tmp_path / "alone" / "rows.jsonl").read_text() == (tmp_path / "made" / "rows.jsonl").read_text()
+
+
+def test_a_request_that_failed_in_a_preview_is_asked_again(teach: Path, local: Local, capsys: Any) -> None:
+    local.rule(teach=True, fail={"new": [3, 400]})
+    code, out, _ = inside(capsys, "synth", "teach", teach, "--preview", 4, "synth.attempts=1", "--json")
+    assert code == 0 and "failed" in {row["filter"] for row in json.loads(out)["rejected"]}
+    code, out, err = inside(capsys, "synth", "teach", teach, "--json")
+    assert code == 0 and json.loads(out)["cost"]["failed"] == 0, err
+
+
 def test_a_folder_of_another_config(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
     """It is not overwritten unasked; with --overwrite the replies that are still asked for are not asked again."""
     assert inside(capsys, "synth", "teach", teach)[0] == 0

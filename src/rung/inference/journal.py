@@ -30,20 +30,18 @@ class Journal:
     line cut off by a kill is dropped.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Open or create the journal at `path`. Raises `CheckpointError` where it belongs to another request."""
-        self.path = path
-        # a digest: the request may be long, and only equality matters
-        request_digest = sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    def __init__(self, path: Path, about: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> None:
+        """Open or create the journal at `path`. Raises `CheckpointError` where it belongs to another request.
+
+        `earlier` are results of other journals: those that are asked for here are stored here, too.
+        """
+        self.path, self._earlier = path, earlier or {}
+        request_digest = _digest(about)
         self._lock = lock_file(path)
         self._file = self._lock.file
-        content = path.read_bytes()
-        # up to the last newline: what follows was cut off by a kill
-        complete_lines = content[: content.rfind(b"\n") + 1]
+        complete_lines = _complete_lines(path)
         try:
-            header, *entries = [json.loads(line) for line in complete_lines.splitlines()] or [{"asked": request_digest}]
-            existing_digest = header["asked"]
-            self.results: dict[str, Any] = {line["key"]: line["value"] for line in entries}
+            existing_digest, self.results = _parse(complete_lines, request_digest)
         except (ValueError, KeyError, TypeError) as error:
             self._lock.close()
             raise CheckpointError(f"this is no journal: {error}", where=str(path), hint="remove it") from None
@@ -55,6 +53,21 @@ class Journal:
         self._file.truncate(len(complete_lines))
         if not complete_lines:
             self._append({"asked": request_digest})
+
+    @staticmethod
+    def read(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+        """The results of a journal of this request, which another process may be writing; of any other file none."""
+        try:
+            digest, results = _parse(_complete_lines(path), "")
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return results if digest == _digest(about) else {}
+
+    def get(self, key: str) -> Any:
+        """The result of a request; None without one."""
+        if key not in self.results and key in self._earlier:
+            self.add(key, self._earlier[key])
+        return self.results.get(key)
 
     def add(self, key: str, value: Any) -> None:
         """Store a result on disk."""
@@ -77,3 +90,20 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise CheckpointError(f"could not write: {error.strerror}", where=str(self.path)) from error
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    # a digest: the request may be long, and only equality matters
+    return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _complete_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    # up to the last newline: what follows was cut off by a kill
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(lines: bytes, new: str) -> tuple[str, dict[str, Any]]:
+    """The digest of the request, `new` for an empty file, and the results by key."""
+    header, *entries = [json.loads(line) for line in lines.splitlines()] or [{"asked": new}]
+    return header["asked"], {line["key"]: line["value"] for line in entries}

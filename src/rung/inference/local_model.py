@@ -151,7 +151,7 @@ def sample_answers(
         keys.append(
             request_key(list(map(list, prompts[chunk])), list(tasks[chunk]), asdict(chunk_sampling), list(stop_texts))
         )
-    known = sum(key in journal.results for key in keys)
+    known = sum(journal.get(key) is not None for key in keys)
     if known and title is not None:
         print_status(f"going on after {known:,} of {len(keys):,} parts, kept in {journal.path}")
     answers: list[GeneratedAnswer] = []
@@ -160,7 +160,7 @@ def sample_answers(
     with ProgressBar(title, len(prompts)) as bar:
         for start, chunk_sampling, key in zip(starts, samplings, keys, strict=True):
             chunk = slice(start, start + prompts_per_chunk)
-            if (stored := journal.results.get(key)) is not None:
+            if (stored := journal.get(key)) is not None:
                 answers += [GeneratedAnswer(*fields) for fields in stored["answers"]]
                 seconds += stored["seconds"]
                 bar.advance(len(prompts[chunk]))

@@ -50,7 +50,7 @@ OUTAGE_STATUSES = frozenset({402, 408, 409, 425, 429, 502, 503, 504})
 """Statuses that say nothing about one request: an account without money or quota, a server that is overloaded."""
 MAX_ERRORS_IN_A_ROW = 8
 """Requests in a row that end in an error of the server (500) before it counts as down."""
-_FAILED = "failed"
+FAILED = "failed"
 """Name of the reason in the journal entry of a request that failed for good."""
 SENT_HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length", "authorization"}
@@ -137,9 +137,9 @@ class Server:
         options: tuple[str, ...] = (),
     ) -> Replies:
         keys = [request_key(self.model, request) for request in requests]
-        kept = {key: value for key in keys if (value := journal.results.get(key)) is not None}
+        kept = {key: value for key in keys if (value := journal.get(key)) is not None}
         if not keep_failures:
-            kept = {key: value for key, value in kept.items() if _FAILED not in value}
+            kept = {key: value for key, value in kept.items() if FAILED not in value}
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in kept}
         known = sum(key in kept for key in keys)
         if known and title is not None:
@@ -152,11 +152,11 @@ class Server:
                 bar.advance()
 
             for key, reason in _answer_concurrently(self, missing, keep, options).items():
-                kept[key] = {_FAILED: reason}
+                kept[key] = {FAILED: reason}
                 if keep_failures:
                     journal.add(key, kept[key])
         stored = [kept[key] for key in keys]
-        failures = [FailedRequest(i, value[_FAILED]) for i, value in enumerate(stored) if _FAILED in value]
+        failures = [FailedRequest(i, value[FAILED]) for i, value in enumerate(stored) if FAILED in value]
         return Replies([Reply.from_json(v["reply"]) if "reply" in v else None for v in stored], failures)
 
 

@@ -24,7 +24,6 @@ from rung.synth.filters import LeakFilter, Rejection, check_refusal
 from rung.synth.requests import WorkedExample
 from rung.types import Message, Record, Source
 
-
 _ANSWERS = {
     name for known in ("answer", "completion", "output", "chosen", "messages") for name in (known, *SYNONYMS[known])
 }

@@ -12,7 +12,7 @@ from rung.config.io import config_to_dict
 from rung.config.synth import TeachConfig, TeachRunConfig
 from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
-from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_json_lines
+from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_teach_page
@@ -22,7 +22,7 @@ from rung.synth.filters import diversity
 from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, kept_result
 from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
-from rung.synth.writer import journal_path, open_writer
+from rung.synth.writer import journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
 from rung.types import Message
 
@@ -39,7 +39,8 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
     if (result := kept_result(folder, finished, about, overwrite=overwrite)) is not None:
         return SynthResult(**result)
     parts = _open(config.synth, sources)
-    with closing(Journal(journal_path(folder, parts.teacher), parts.teacher.identity)) as journal:
+    identity, earlier = parts.teacher.identity, previewed_replies(parts.teacher)
+    with closing(Journal(journal_path(folder, parts.teacher), identity, earlier)) as journal:
         recover_interrupted_writes(folder)  # under the lock of the journal
         try:
             teaching = _teach(config.synth, parts, journal, config.seed)
@@ -53,13 +54,17 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
 
 
 def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The first rows and what was left out before them, without writing anything but replies into the cache."""
+    """The first rows and what was left out before them, without writing anything but replies into the cache.
+
+    `teach` takes over the replies to requests that are its own, whatever else of the config has changed since.
+    """
     synth = config.synth.model_copy(update={"rows": min(rows, config.synth.rows or rows)})
     config = config.model_copy(update={"synth": synth})
     parts = _open(synth, _checked_sources(synth))
     identity = parts.teacher.identity
-    path = cache_folder() / "synth-previews" / f"{request_key(identity, config_to_dict(config))}.jsonl"
-    with closing(Journal(path, identity)) as journal:
+    # a file for each config: two previews of one teacher may run at the same time
+    path = previews_folder(parts.teacher) / f"{request_key(config_to_dict(config))}.jsonl"
+    with closing(Journal(path, identity, _previewed_replies(parts.teacher))) as journal:
         teaching = _teach(synth, parts, journal, config.seed)
     return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
 

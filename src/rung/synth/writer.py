@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rung.config.synth import PriceConfig, TeacherConfig
+from rung.files import cache_folder
 from rung.inference.ask import Answer, AnswerModel, Conversation, Reply, without_reasoning
 from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
-from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
+from rung.inference.openai_client import DEFAULT_CONCURRENCY, FAILED, Server
 from rung.models.generate import Sampling
 from rung.results import SynthCost
 from rung.runs.load import open_target, weight_fingerprints
@@ -61,6 +63,19 @@ def open_writer(config: TeacherConfig) -> AnswerModel:
 def journal_path(folder: Path, model: AnswerModel) -> Path:
     """The journal of a model: another one begins another, and what was paid for stays."""
     return folder / f"journal-{request_key(dict(model.identity))[:8]}.jsonl"
+
+
+def previews_folder(model: AnswerModel) -> Path:
+    """The replies of a model to previews, in the user's cache."""
+    return cache_folder() / "synth-previews" / request_key(dict(model.identity))
+
+
+def previewed_replies(model: AnswerModel) -> dict[str, Any]:
+    """Replies of a model to previews, by request; what failed there may succeed now."""
+    results: dict[str, Any] = {}
+    for file in sorted(previews_folder(model).glob("*.jsonl")):
+        results |= Journal.read(file, model.identity)
+    return {key: value for key, value in results.items() if FAILED not in value}
 
 
 @dataclass
