@@ -53,7 +53,15 @@ _MODULES = {
     ),
     "config.run": ("RunConfig",),
     "config.synth": (
-        *("ExamplesConfig", "FiltersConfig", "ImproveConfig", "ImproveRunConfig", "MakesConfig", "PriceConfig"),
+        *(
+            "DocumentsConfig",
+            "ExamplesConfig",
+            "FiltersConfig",
+            "ImproveConfig",
+            "ImproveRunConfig",
+            "MakesConfig",
+            "PriceConfig",
+        ),
         *("SelectionConfig", "TeachConfig", "TeachRunConfig", "TeacherConfig"),
     ),
     "config.training": ("OptimizerConfig", "TrainingConfig"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import rung
 from loopback import Local
 from processes import inside
 from rung.config.synth import FiltersConfig
@@ -338,6 +339,42 @@ def test_a_judge_decides_only_if_people_agree_with_it(teach: Path, local: Local,
     assert code == 3 and "this judge is not trusted" in err and not (tmp_path / "made").exists(), err
 
 
+def test_a_call_from_python_overwrites_as_the_command_does(teach: Path, config: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "made" / "rows.jsonl"
+    rung.synthesize(rung.load_synth_config(teach))
+    changed = rung.load_synth_config(teach, ["synth.filters.refusals=false"])
+    with pytest.raises(rung.CheckpointError, match="rows of another config"):
+        rung.synthesize(changed)
+    rung.synthesize(changed, overwrite=True)
+    assert any(row["answer"].startswith("I'm sorry") for row in lines(rows))
+    config.write_text("synth: {kind: improve, verifier: {kind: exact}}\n" + config.read_text().split("evaluation:")[0])
+    with pytest.raises(rung.ConfigError, match="not overwritten"):
+        rung.synthesize(rung.load_synth_config(config, [f"output={tmp_path / 'other'}"]), overwrite=True)
+
+
+def test_documents_are_rows_with_a_column(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """Errors name the settings of synth, not those of retrieval."""
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text("".join(json.dumps({"body": f"In cellar {i} stood {i} barrels."}) + "\n" for i in range(4)))
+    settings = ("synth.filters.grounded=false", "synth.rows=2")
+    code, _, err = inside(capsys, "synth", "teach", teach, f"synth.documents={pages}", *settings)
+    assert code == 2 and "synth.documents.column" in err and "retrieve" not in err, err
+    documents = f"synth.documents={{path: {pages}, column: body, chunk_words: 3}}"
+    assert inside(capsys, "synth", "teach", teach, documents, *settings)[0] == 0
+    assert {row["context"] for row in lines(tmp_path / "made" / "rows.jsonl")} <= {
+        part for i in range(4) for part in (f"In cellar {i}", f"stood {i} barrels.")
+    }
+
+
+def test_a_file_of_unknown_columns_is_named_by_its_setting(teach: Path, tmp_path: Path, capsys: Any) -> None:
+    """Neither seeds nor files of `never` take settings of data, so none are proposed."""
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text(json.dumps({"alpha": "a", "beta": "b"}) + "\n")
+    for setting, place in ((f"synth.seeds={strange}", "synth.seeds"), (f"synth.never=['{strange}']", "synth.never")):
+        code, _, err = inside(capsys, "synth", "teach", teach, setting)
+        assert code == 2 and f"{place} takes files alone" in err and "data.map" not in err, err
+
+
 def test_what_stands_in_the_way_of_a_folder(teach: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
     """Rows that are gone are written again, edited ones are not overwritten, and another teacher may follow."""
     assert inside(capsys, "synth", "teach", teach)[0] == 0
@@ -392,6 +429,14 @@ def test_seeds_as_people_have_them(teach: Path, seeds: Path, tmp_path: Path, cap
         (("synth.selection.judge={model: x}", "synth.selection.samples=2"), "only after its agreement with people"),
         (("synth.teacher={model: x, stop: [a], server: 'http://127.0.0.1:9/v1'}",), "ends its answers itself"),
         (("synth.rows=null",), "rows is missing"),
+        (("synth.questions=seeds", "synth.attempts=9"), "attempts is of new questions"),
+        (("synth.questions=seeds", "synth.examples.seeds=2"), "examples is of new questions"),
+        (
+            ("synth.selection={samples: 2, judge: {model: x, human_labels: y, reference: true}}",),
+            "made questions have none",
+        ),
+        (("synth.selection.verifier={kind: judge, model: x, human_labels: y}",), "is set in `judge`"),
+        (("synth.selection.verifier={kind: function, path: 'x.py:f'}",), "synth.selection.verifier.path"),
         (("synth.filters={min_words: 20, max_words: 5}",), "at most max_words"),
         (("synth.attributes={reader: ['']}",), "an empty one"),
         (("synth.rovs=3",), "did you mean synth.rows?"),

@@ -13,9 +13,11 @@ import pytest
 from processes import inside
 from rung.config.io import load_synth_config
 from rung.config.synth import ImproveRunConfig
+from rung.files import lock_file
 from rung.inference.journal import Journal
 from rung.scoring.stats import pass_at_k
 from rung.synth.improve import Improvement, SampledQuestion, _conversation, _pair
+from rung.training.run_folder import LOCK_FILE
 from rung.types import Message, Record, Source
 
 
@@ -154,6 +156,8 @@ def test_pass_at_k_is_that_of_the_samples(improve: Path) -> None:
     ("settings", "code", "said"),
     [
         (("synth.verifier={kind: code}",), 2, "no tests to run"),
+        (("synth.verifier={kind: function, path: 'none.py:f'}",), 2, "synth.verifier.path"),
+        (("synth.verifier={kind: model, run: nowhere}",), 2, "synth.verifier.run"),
         (("synth.verifier={kind: regex, pattern: zzzz}",), 2, "no answer was accepted"),
         (("data.validation=0",), 2, "compared on the validation split"),
         (("evaluation.context=retrieved",), 2, "retrieves no passages"),
@@ -167,3 +171,16 @@ def test_what_cannot_improve(
 ) -> None:
     found, _, err = inside(capsys, "synth", "improve", improve, *settings)
     assert found == code and said in err, err
+    assert (tmp_path / "run").exists() == ("zzzz" in settings[0])  # which is known after a round of samples
+
+
+def test_the_folder_is_locked_before_data_are_read(improve: Path, tmp_path: Path, capsys: Any) -> None:
+    """Another config could begin in the folder while a large file was read, and its rounds passed as ours."""
+    lock = lock_file(tmp_path / "run" / LOCK_FILE)
+    try:
+        code, _, err = inside(capsys, "synth", "improve", improve, "data.path=nowhere.jsonl")
+        assert code == 3 and "another process is at work here" in err and "nowhere" not in err, err
+    finally:
+        lock.remove()
+    code, _, err = inside(capsys, "synth", "improve", improve, "data.path=nowhere.jsonl")
+    assert code == 2 and "nowhere" in err and not list((tmp_path / "run").iterdir()), err

@@ -114,6 +114,17 @@ class ExamplesConfig(Config):
     """Rows that were made before, in addition (Wang et al. 2023, section 2.2)."""
 
 
+class DocumentsConfig(Config):
+    """Texts whose passages are asked about. In YAML the path alone is enough."""
+
+    path: str = Field(default=..., min_length=1)
+    """A folder or a pattern of .txt and .md files, one such file, or rows as in `data.path`, each with a text."""
+    column: str | None = None
+    """Column of the texts where documents are rows; default: `text`."""
+    chunk_words: PositiveInt = 200
+    """Words per passage; longer documents are cut into several."""
+
+
 class SelectionConfig(Config):
     """How answers are scored, and which of several is kept."""
 
@@ -143,10 +154,8 @@ class TeachConfig(Config):
     """The task in words, for the teacher: what the questions are about, and how they are answered."""
     seeds: str | None = Field(default=None, min_length=1)
     """Rows of the task, as `data.path`; some of them stand before each request as examples."""
-    documents: str | None = Field(default=None, min_length=1)
-    """Texts, as `evaluation.retrieve.documents`. Each question is about one passage, which is kept as its context."""
-    chunk_words: PositiveInt = 200
-    """With `documents`: words per passage."""
+    documents: DocumentsConfig | None = None
+    """Texts. Each question is about one passage, which is kept as its context."""
     questions: Literal["made", "seeds"] = "made"
     """`made`: the teacher writes new questions; `seeds`: it answers those of the seeds, whose answers are not shown."""
     makes: MakesConfig = MakesConfig()
@@ -171,6 +180,11 @@ class TeachConfig(Config):
     @classmethod
     def _expand_teacher(cls, teacher: Any) -> Any:
         return {"model": teacher} if isinstance(teacher, str) else teacher
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _expand_documents(cls, documents: Any) -> Any:
+        return {"path": documents} if isinstance(documents, str) else documents
 
     @field_validator("makes", mode="before")
     @classmethod
@@ -215,6 +229,9 @@ class TeachConfig(Config):
             raise ValueError("questions: seeds takes the questions as they are, without documents, dialogues or labels")
         if self.attributes:
             raise ValueError("attributes vary new questions, and questions: seeds writes none")
+        for name in ("attempts", "examples"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of new questions, and questions: seeds writes none")
 
     def _check_selection(self) -> None:
         is_scored = self.selection.verifier is not None or self.selection.judge is not None

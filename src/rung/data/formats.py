@@ -395,6 +395,11 @@ def _missing_margins(detection: DetectedFormat) -> tuple[str, ...]:
 _SETTING_OF_DATA = re.compile(rf"\bdata(: \{{|\.({'|'.join(DataConfig.model_fields)})\b)")
 
 
+def proposes_data_settings(error: DataError) -> bool:
+    """Whether the hint of an error names settings of `data`, which a command that was given a file has not."""
+    return _SETTING_OF_DATA.search(str(error.hint)) is not None
+
+
 @contextmanager
 def naming_config(place: str, file: str, option: str | None = None) -> Iterator[None]:
     """Inside, errors that propose settings of `data` say where a command that was given a file takes them.
@@ -404,7 +409,7 @@ def naming_config(place: str, file: str, option: str | None = None) -> Iterator[
     try:
         yield
     except DataError as error:
-        if not _SETTING_OF_DATA.search(str(error.hint)):
+        if not proposes_data_settings(error):
             raise
         lines = [str(error.hint), f"settings of data stand in a config: {place}, with data.path: {file} and an output"]
         hint = "\n  ".join([*lines, *([option] if option else [])])

@@ -195,8 +195,8 @@ class Library:
         return bool(answer) and answer in passage
 
 
-def read_documents(config: RetrievalConfig) -> list[str]:
-    """The texts of `documents`, in the order of their paths or rows.
+def read_documents(config: RetrievalConfig, place: str = "evaluation.retrieve") -> list[str]:
+    """The texts of `documents`, in the order of their paths or rows; `place` is the group of settings that names them.
 
     Raises `DataError` for a folder without documents, a file that is not UTF-8, and a row without text.
     """
@@ -204,15 +204,15 @@ def read_documents(config: RetrievalConfig) -> list[str]:
     if _holds_texts(path):
         if config.column is not None:
             summary = "column names one of a file of rows, and these are texts"
-            raise ConfigError(summary, where="evaluation.retrieve.column", given=config.column, hint="leave it out")
-        return _read_texts(path)
+            raise ConfigError(summary, where=f"{place}.column", given=config.column, hint="leave it out")
+        return _read_texts(path, place)
     column, texts = config.column or "text", []
     for item in stream_rows(config.documents or ""):
         if isinstance(item, RejectedRow):
             raise DataError("this row of the documents cannot be read", where=str(item.source), given=item.reason)
         text = item.row.get(column)
         if not isinstance(text, str):
-            hint = "name another with evaluation.retrieve.column"
+            hint = f"name another with {place}.column"
             columns = ", ".join(item.row)
             raise DataError(f"no text in column {column!r}", where=str(item.source), given=columns, hint=hint)
         texts.append(text)
@@ -237,9 +237,9 @@ def _text_files(path: Path) -> list[Path]:
     return sorted(p for p in found if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
 
 
-def _read_texts(path: Path) -> list[str]:
+def _read_texts(path: Path, place: str) -> list[str]:
     if not path.exists() and not is_pattern(str(path)):
-        raise DataError("no such file", where=str(path), hint="evaluation.retrieve.documents names it")
+        raise DataError("no such file", where=str(path), hint=f"{place} names it")
     files = [path] if path.is_file() else _text_files(path)
     if not files:
         allowed = f"{' and '.join(TEXT_SUFFIXES)} files, or files of rows ({KINDS})"

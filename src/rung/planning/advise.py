@@ -278,9 +278,8 @@ def _auxiliary_shape(config: RunConfig, name: str, where: str) -> ModelShape:
         raise ConfigError(e.summary, where=place, given=e.given, allowed=e.allowed, hint=e.hint) from e
 
 
-def require_reward_run(run: str) -> dict[str, Any]:
+def require_reward_run(run: str, where: str = "objective.reward.run") -> dict[str, Any]:
     """The config of a reward run. Raises `ConfigError` for a folder without a run, or a run of another kind."""
-    where = "objective.reward.run"
     try:
         config: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())["config"]
         kind = config.get("objective", {}).get("kind", "sft")

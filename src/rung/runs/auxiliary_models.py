@@ -123,14 +123,7 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
     if not isinstance(source, ModelRewardConfig):
         return make_verifier(source)
     path = Path(source.run)
-    require_reward_run(source.run)
-    health = read_manifest(path).get("reward") or {}
-    if health.get("verdict") != "healthy":
-        verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"
-        if not source.accept:
-            hint = "better pairs or more of them; or objective.reward.accept: true"
-            raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
-        print_status(f"the reward model is taken although it is {verdict}")
+    require_healthy_reward_run(source, "objective.reward")
     scorer, reward_config = open_scorer(path, chat, _shared_base(path, base, config))
     for name in ("context", *(("retrieve",) if config.evaluation.context == "retrieved" else ())):
         trained_value, value = getattr(reward_config.evaluation, name), getattr(config.evaluation, name)
@@ -142,6 +135,22 @@ def load_reward_source(config: RunConfig, base: BaseModel, chat: ChatTemplate) -
         summary = "this reward model learned something for each task, and this run knows other tasks"
         raise ConfigError(summary, where=source.run, given=", ".join(sorted(tasks)))
     return scorer
+
+
+def require_healthy_reward_run(source: ModelRewardConfig, where: str) -> None:
+    """Raise `PlanError` for a reward model whose check on held-out pairs was not passed, unless it is accepted.
+
+    `where` is the setting that names it. Raises `ConfigError` for what is no reward run.
+    """
+    require_reward_run(source.run, f"{where}.run")
+    health = read_manifest(Path(source.run)).get("reward") or {}
+    if health.get("verdict") == "healthy":
+        return
+    verdict = f"{health['verdict']}: {health['reason']}" if health else "never measured: it had no validation pairs"
+    if not source.accept:
+        hint = f"better pairs or more of them; or {where}.accept: true"
+        raise PlanError("this reward model is not fit to be followed", where=source.run, given=verdict, hint=hint)
+    print_status(f"the reward model is taken although it is {verdict}")
 
 
 def _print_judge_requests(config: RunConfig, source: JudgeRewardConfig) -> None:

@@ -14,7 +14,7 @@ from rung.errors import ConfigError, DataError
 from rung.evaluation.reward_model import RewardScorer
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import JudgeAgreement
-from rung.runs.auxiliary_models import reward_row
+from rung.runs.auxiliary_models import require_healthy_reward_run, reward_row
 from rung.runs.judge import AnsweredQuestion, JudgeScorer, open_judge_scorer, require_human_labels
 from rung.runs.load import open_reward_model
 from rung.scoring.verifiers import make_verifier, needs_expected_answer, verify_all
@@ -52,6 +52,7 @@ def verifier_scorer(config: RewardSourceConfig, where: str, folder: Path | None 
     `folder` keeps the verdicts of a judge behind a server; by default they are in the user's cache.
     """
     if isinstance(config, ModelRewardConfig):
+        require_healthy_reward_run(config, where)
         return _reward_scorer(Path(config.run))
     if isinstance(config, JudgeRewardConfig):
         return open_judge_scorer(config, where, config.against, folder)

@@ -19,7 +19,8 @@ def synth_lines(result: SynthResult) -> list[str]:
     """Lines for people about rows, filters, diversity and cost."""
     lines = [f"{result.rows:,} rows in {result.output}, from {result.tried:,} questions"]
     if result.wanted is not None and result.rows < result.wanted:
-        lines.append(f"fewer than the {result.wanted:,} that were asked for: synth.attempts allows more questions")
+        remedy = "synth.attempts allows more questions, and with questions: seeds more seeds do"
+        lines.append(f"fewer than the {result.wanted:,} that were asked for: {remedy}")
     if result.rejected:
         counts = ", ".join(f"{name} {count:,}" for name, count in result.rejected.items())
         lines.append(f"left out by filter: {counts} (rejected.jsonl has the reasons)")

@@ -16,7 +16,7 @@ from rung.config.evaluation import RetrievalConfig
 from rung.config.synth import TeachConfig
 from rung.console import print_status
 from rung.data.columns import SYNONYMS
-from rung.data.formats import LoadedRows, naming_config
+from rung.data.formats import LoadedRows, proposes_data_settings
 from rung.data.splits import load_sets
 from rung.errors import DataError
 from rung.evaluation.retrieval import read_documents, split_passages
@@ -83,9 +83,10 @@ class TeachSources:
         seeds = read_seeds(config.seeds, with_answers=with_answers, where="synth.seeds") if config.seeds else []
         passages: list[str] = []
         if config.documents:
-            texts = read_documents(RetrievalConfig(documents=config.documents))
+            documents = RetrievalConfig(documents=config.documents.path, column=config.documents.column)
+            texts = read_documents(documents, "synth.documents")
             # without overlap: the same sentence would be asked about twice
-            passages = [p for text in texts for p in split_passages(text, config.chunk_words, 0)]
+            passages = [p for text in texts for p in split_passages(text, config.documents.chunk_words, 0)]
         labels = config.makes.labels or (
             tuple(dict.fromkeys(s.answer for s in seeds)) if config.makes.kind == "labels" else ()
         )
@@ -169,13 +170,18 @@ def _read_prompts(path: str) -> list[LoadedRows] | None:
     return None
 
 
-def read_records(path: str, where: str) -> list[Record]:
-    """All rows of a file; prompts alone where its columns are those of no format with answers."""
-    with naming_config(where, path):
-        try:
-            loaded = load_sets(DataConfig(path=path))
-        except DataError as error:
-            if (prompts := _read_prompts(path)) is None:
-                raise error from None
-            loaded = prompts
+def read_records(path: str, place: str) -> list[Record]:
+    """All rows of the file that the setting `place` names; prompts alone where it has no format with answers."""
+    try:
+        loaded = load_sets(DataConfig(path=path))
+    except DataError as error:
+        prompts = _read_prompts(path)
+        if prompts is None and proposes_data_settings(error):
+            hint = (
+                f"{place} takes files alone, without settings of data: give its columns the names question and answer"
+            )
+            raise DataError(error.summary, where=error.where, given=error.given, hint=hint) from None
+        if prompts is None:
+            raise
+        loaded = prompts
     return [record for rows in loaded for record in rows.records]

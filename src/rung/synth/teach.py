@@ -64,7 +64,7 @@ def preview(config: TeachRunConfig, rows: int) -> tuple[list[dict[str, Any]], li
     identity = parts.teacher.identity
     # a file for each config: two previews of one teacher may run at the same time
     path = previews_folder(parts.teacher) / f"{request_key(config_to_dict(config))}.jsonl"
-    with closing(Journal(path, identity, _previewed_replies(parts.teacher))) as journal:
+    with closing(Journal(path, identity, previewed_replies(parts.teacher))) as journal:
         teaching = _teach(synth, parts, journal, config.seed)
     return list(rows_of(teaching.kept, config.synth)), list(rejected_rows(teaching.rejected))
 
