@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,29 @@ def test_made_rows_human_rows_and_both(config: Path, made: Path, questions: Path
     assert not same_adapter(runs / "made", runs / "lora")
     assert str(made) in (tmp_path / "run" / "report.html").read_text()
     assert [row["rung"] for row in ladder["rows"]] == ["zero_shot", "lora", "made", "both"]
+
+
+def test_a_rung_with_rows_of_its_own_is_scored_on_the_test_of_its_ladder(
+    config: Path, made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The same questions give the same score; a run without a test that is in no ladder is refused."""
+    rungs = [{"kind": "lora", "name": "made", **own(str(made))}]
+    settings = ("training.max_steps=2", "evaluation.limit=7")
+    code, ladder, err = climb(capsys, config, rungs, *settings, seeds=2)
+    assert code == 0, err
+    for seed in (0, 1):
+        run = tmp_path / "run" / "rungs" / "made" / f"seed-{seed}"
+        in_ladder = read_items(run / "items.parquet")[0]
+        code, out, err = inside(capsys, "eval", run, "--json")
+        assert code == 0 and "on the test split of the ladder" in err, err
+        again = read_items(run / "eval.parquet")[0]
+        assert [item["source"] for item in again] == [item["source"] for item in in_ladder] and len(again) == 7
+        assert [item["answer"] for item in again] == [item["answer"] for item in in_ladder]
+        contamination = json.loads(out)["contamination"]
+        assert contamination["train_rows"] == manifest(run)["data"]["splits"]["train"]["rows"]
+    shutil.copytree(run, tmp_path / "moved")
+    code, _, err = inside(capsys, "eval", tmp_path / "moved")
+    assert code == 2 and "no test split to be scored on" in err and "--config" in err, err
 
 
 @pytest.mark.parametrize("limit", ["null", "2"])

@@ -16,6 +16,7 @@ from rung.config.io import ConfigSource, resolve_config
 from rung.config.model_catalog import CATALOG
 from rung.config.objective import RewardConfig
 from rung.config.run import RunConfig
+from rung.console import print_status
 from rung.data.contamination import contamination
 from rung.data.records import Records
 from rung.errors import ConfigError, RungError, did_you_mean
@@ -26,7 +27,7 @@ from rung.results import EvaluationResult, RewardModelHealth
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
 from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, target_kind, test_records
 from rung.runs.train import micro_batch_tokens
-from rung.training.run_folder import RunFolder, read_manifest
+from rung.training.run_folder import RunFolder, is_climb, read_manifest
 
 
 def evaluate(
@@ -34,8 +35,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Score a run or a base on the test split of `config`, or by default of the run's own config.
 
-    A run that is scored on its own whole task stores the result in its folder. Raises `ConfigError` for a base without
-    a task.
+    A rung of a ladder that has rows of its own is scored on the test of the ladder. A run that is scored on its own
+    whole task stores the result in its folder. Raises `ConfigError` for a base without a task.
     """
     path, target = Path(target), str(target)
     # The task first: a missing config or unreadable data is then an error before a model is loaded.
@@ -127,7 +128,7 @@ def evaluation_task(
         raise ConfigError("overrides go with --config", given=" ".join(overrides))
     if config is None and not is_run_folder(target):
         raise _no_task_error(target)
-    task = config_of_run(Path(target)) if config is None else resolve_config(config, overrides)
+    task = _task_of_run(Path(target)) if config is None else resolve_config(config, overrides)
     if limit is not None:
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
@@ -137,6 +138,31 @@ def evaluation_task(
     library = load_library(task, splits)
     # The hit rate reads the rows as they came, since a retrieved context replaces their own (docs/decisions/0020).
     return EvaluationTask(task, records, library.with_passages_all(records), {"retrieval": library.hit_rate(records)})
+
+
+def _task_of_run(run: Path) -> RunConfig:
+    """The task of a run: its config, for a rung with rows of its own with the data of its ladder, whose test it has.
+
+    Raises `ConfigError` for a run without a test split.
+    """
+    task = config_of_run(run)
+    if task.data.test != 0:
+        return task
+    ladder = _ladder_of(run)
+    if ladder is None:
+        hint = "name a task that has one with --config CONFIG: rows that the run learned from are no test"
+        raise ConfigError("this run has no test split to be scored on", where=str(run), given="data.test: 0", hint=hint)
+    print_status(f"scored on the test split of the ladder {ladder}: this rung has rows of its own, and no test")
+    config = config_of_run(ladder)
+    # the seed too: it draws the items of evaluation.limit
+    return task.model_copy(update={"data": config.data, "seed": config.seed})
+
+
+def _ladder_of(run: Path) -> Path | None:
+    """The folder of the climb whose rung a run is; None for any other run."""
+    # a rung stands in rungs/NAME, with several training seeds in rungs/NAME/seed-N
+    folder = next((parent for parent in run.resolve().parents[:2] if parent.name == "rungs"), None)
+    return folder.parent if folder is not None and is_climb(folder.parent) else None
 
 
 def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] | None:
