@@ -20,7 +20,7 @@ import pytest
 
 from rung.config.code import CodeLimitsConfig
 from rung.errors import PlanError
-from rung.scoring import code_sandbox
+from rung.scoring import code_runner, code_sandbox
 from rung.scoring.code_sandbox import Program, ProgramResult, remove_folder, require_isolation, run_program
 from sandboxes import needs_isolation
 
@@ -117,6 +117,69 @@ def f():
     assert (result := run(source, "assert f() == Point(1)")).passed, result
 
 
+LOCKS = {
+    "threads": "import threading\nwith threading.Lock(), threading.RLock(), threading.Semaphore(2): pass",
+    "flock": "import fcntl\nwith open('a', 'w') as file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    "lockf": "import fcntl\nwith open('a', 'w') as file: fcntl.lockf(file, fcntl.LOCK_EX)",
+    "temporary": "import fcntl, tempfile\nwith tempfile.TemporaryFile() as file: fcntl.flock(file, fcntl.LOCK_SH)",
+    "folder": "import fcntl, os\nfcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX)",
+    "sqlite": "import sqlite3\nwith sqlite3.connect('a.db') as base: base.execute('create table t (x)')",
+}
+"""Locks of a program that is alone: threads and files in its folder."""
+SHARED = {
+    "lock": "with multiprocessing.Lock(), multiprocessing.Semaphore(2): pass",
+    "value": "value = multiprocessing.Value('i', 3)\nwith value.get_lock(): assert value.value == 3",
+    "queue": "queue = multiprocessing.SimpleQueue(); queue.put(1); assert queue.get() == 1",
+    "threads": "import multiprocessing.pool\nassert multiprocessing.pool.ThreadPool(2).map(abs, [-1, 2]) == [1, 2]",
+}
+"""Locks of processes, which are files of shared memory, between the threads of a program."""
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locks_of_threads_and_files_work(lock: str) -> None:
+    assert (result := run(LOCKS[lock])).passed, result
+
+
+@pytest.mark.parametrize("lock", SHARED)
+def test_locks_of_processes_work_between_threads(lock: str, tmp_path: Path) -> None:
+    if not may_mount(tmp_path):
+        pytest.skip("namespaces are forbidden here: shared memory is closed")
+    fork = "import multiprocessing\nmultiprocessing.set_start_method('fork')\n"
+    assert (result := run(fork + SHARED[lock])).passed, result
+
+
+def test_who_denied_what_is_said() -> None:
+    """A `PermissionError` of a pool of processes named no file and no reason."""
+    for source in ("import multiprocessing\nmultiprocessing.Pool(2)", "open('/etc/passwd')", "import os\nos.fork()"):
+        result = run(source)
+        assert result.reason == "error" and "PermissionError" in result.detail, result
+        assert result.detail.endswith(code_runner.DENIED), result
+    assert code_runner.DENIED not in run("raise ValueError").detail
+
+
+def test_shared_memory_is_that_of_the_program_alone(tmp_path: Path) -> None:
+    """What others keep there is neither seen nor changed, and what a program writes there ends with it."""
+    host = Path("/dev/shm")  # noqa: S108
+    if not host.is_dir():
+        pytest.skip("this system has no shared memory")
+    canary, mine = host / f".rung-canary-{os.getpid()}", host / f".rung-mine-{os.getpid()}"
+    mine.write_text("secret")
+    try:
+        reading = run(f"import os\n{denied(f'open({str(mine)!r}).read()', 'PermissionError, FileNotFoundError')}")
+        writing = run(
+            f"open({str(canary)!r}, 'w').write('x')\nimport os\nassert os.listdir('/dev/shm') == ['{canary.name}']"
+        )
+        flood = run(f"with open({str(canary)!r}, 'wb') as file:\n    for _ in range(15): file.write(b'x' * (1 << 20))")
+        assert reading.passed and mine.read_text() == "secret" and not canary.exists(), reading
+    finally:
+        mine.unlink()
+        canary.unlink(missing_ok=True)
+    if may_mount(tmp_path):
+        assert writing.passed and flood.reason == "error" and "No space left" in flood.detail, (writing, flood)
+    else:
+        assert "PermissionError" in writing.detail and "PermissionError" in flood.detail, (writing, flood)
+
+
 def test_the_order_of_sets_is_the_same_in_every_run() -> None:
     """Otherwise a score would depend on it: some programs pass only by the order of a set."""
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
@@ -134,7 +197,6 @@ def test_the_order_of_sets_is_the_same_in_every_run() -> None:
         "open('../outside-new', 'w')",
         "os.symlink('{outside}', 'link') or open('link/new', 'w')",
         "open('/tmp/{canary}', 'w')",
-        "open('/dev/shm/{canary}', 'w')",
         "open('{home}/{canary}', 'w')",
         "open('{outside}/mine.txt', 'a')",
         "open('{outside}/mine.txt').read()",
@@ -160,7 +222,7 @@ def test_files_outside_stay_as_they_are(attempt: str, outside: Path) -> None:
     errors = "OSError" if "'mine')" in attempt else "PermissionError"
     canary, home = f".rung-canary-{os.getpid()}", Path.home()
     result = run("import os\n" + denied(attempt.format(outside=outside, home=home, canary=canary), errors))
-    written = [file for folder in ("/tmp", "/dev/shm", home) if (file := Path(folder, canary)).exists()]  # noqa: S108
+    written = [file for folder in ("/tmp", home) if (file := Path(folder, canary)).exists()]  # noqa: S108
     for file in written:
         file.unlink()
     assert result.passed and is_untouched(outside) and not written, result
@@ -544,6 +606,12 @@ SECCOMP = WITHOUT.format(test="(0x15, 0, 3, 157), (0x20, 0, 0, 16), (0x15, 0, 1,
 FOLDERS = """
 import os
 assert os.statvfs('.').f_files != 4096
+try:
+    open('/dev/shm/.rung-canary', 'w')
+except OSError:
+    pass
+else:
+    raise SystemExit('shared memory of the system')
 os.symlink('/etc', 'link'); os.mkfifo('pipe'); open('file', 'w').close()
 os.makedirs('closed/inner'); os.mkdir('closed/none', 0)
 for _ in range(300): os.mkdir('d'); os.chdir('d')

@@ -9,8 +9,9 @@ root and none of which the process can take back:
   calls that reach the kernel itself. A program is one process, so nothing of it can outlive it.
 - no capabilities: root is a user like any other, and cannot raise its own limits.
 - limits of memory, processor time, file size and open files.
-- a file system in memory as the program's folder, so that its size is limited and it ends with the process. Where a
-  container forbids namespaces the folder stays on disk, and only the program's time limits what it writes.
+- file systems in memory as the program's folder and as /dev/shm, so that their size is limited and they end with the
+  process. Where a container forbids namespaces the folder stays on disk, and only the program's time limits what it
+  writes; /dev/shm, which others share, is closed then, and with it the locks of `multiprocessing`.
 
 Landlock closes files and seccomp the network; a process that lacks one of them does not run answers. An audit hook of
 Python is no layer: a program removes it with `ctypes`. This module runs in a bare interpreter, so that it imports the
@@ -33,6 +34,9 @@ OPEN_FILES = 64
 """Largest number of open files of a program."""
 FOLDER_BYTES, FOLDER_FILES = 64 << 20, 4096
 """Size of the program's folder, and its number of files and folders, where it is in memory."""
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108
+"""Where the C library keeps semaphores and `multiprocessing` its values: locks between the threads of a program."""
+_SHARED_BYTES, _SHARED_FILES = 8 << 20, 256
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SIGKILL = 9
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
@@ -51,11 +55,16 @@ def isolate(folder: str, *, memory: int, cpu_seconds: int) -> list[str]:
     """
     missing = []
     limit_resources(memory, cpu_seconds)
+    writable = [folder]
     with suppress(OSError, AttributeError):
-        _mount_folder(folder)
+        _enter_namespace()
+        _mount_memory(folder, FOLDER_BYTES, FOLDER_FILES)
+        os.chdir(folder)
+        _mount_memory(_SHARED_MEMORY, _SHARED_BYTES, _SHARED_FILES)
+        writable.append(_SHARED_MEMORY)  # only behind its own mount: the system's is shared with other processes
     layers: dict[str, Callable[[], None]] = {
         "rights (prctl)": _give_up_rights,
-        "files (Landlock)": lambda: _close_files(folder),
+        "files (Landlock)": lambda: _close_files(writable),
         "network (seccomp)": _close_calls,
     }
     for name, layer in layers.items():
@@ -78,17 +87,20 @@ def limit_resources(memory: int, cpu_seconds: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
 
 
-def _mount_folder(folder: str) -> None:
-    """Mount a file system in memory over the folder, in a namespace of this process alone."""
-    libc, user, group = _libc(), os.getuid(), os.getgid()
-    _check(libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare")
+def _enter_namespace() -> None:
+    """Enter a namespace in which what this process mounts is seen by itself alone."""
+    user, group = os.getuid(), os.getgid()
+    _check(_libc().unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare")
     # the process stays the user that it is, otherwise it could write no file
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    options = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700".encode()
-    _check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options), "mount")
-    os.chdir(folder)
+
+
+def _mount_memory(folder: str, size: int, files: int) -> None:
+    """Mount a file system in memory over a folder, with a limit of bytes and of files."""
+    options, flags = f"size={size},nr_inodes={files},mode=700".encode(), _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    _check(_libc().mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options), "mount")
 
 
 def _libc() -> ctypes.CDLL:
@@ -134,7 +146,7 @@ _NEVER = frozenset({"execute", "make_char", "make_block", "make_sock", "ioctl_de
 """Not even in the program's own folder."""
 
 
-def _close_files(folder: str) -> None:
+def _close_files(writable: Sequence[str]) -> None:
     version = _check(_call(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(1)), "landlock_create_ruleset")
     known = _RIGHTS[: _RIGHTS_BY_VERSION.get(version, len(_RIGHTS))]
     handled = _bits(known)
@@ -147,7 +159,8 @@ def _close_files(folder: str) -> None:
     for path in (*sys.path, *_READABLE, os.path.join(sys.base_prefix, "lib")):
         _allow(ruleset, path, _bits(("read_file", "read_dir")))
     _allow(ruleset, "/dev/null", _bits(("read_file", "write_file")))
-    _allow(ruleset, folder, _bits([right for right in known if right not in _NEVER]))
+    for folder in writable:
+        _allow(ruleset, folder, _bits([right for right in known if right not in _NEVER]))
     _check(_call(_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock_restrict_self")
     os.close(ruleset)
 

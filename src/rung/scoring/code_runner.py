@@ -19,6 +19,8 @@ from types import ModuleType
 
 MAX_DETAIL = 2_000
 """Characters of a report: the end of a traceback."""
+DENIED = "denied by the sandbox: processes, network, files outside the program's folder, attributes of files"
+"""Behind the traceback of a `PermissionError`, whose own text does not say who denied what."""
 
 
 def main() -> None:
@@ -89,7 +91,8 @@ def _describe(error: BaseException, sources: dict[str, str]) -> str:
         frame = error.__traceback__
         while frame is not None and frame.tb_frame.f_code.co_filename == __file__:
             frame = frame.tb_next
-        return "".join(traceback.format_exception(type(error), error, frame, limit=-8)).rstrip()
+        text = "".join(traceback.format_exception(type(error), error, frame, limit=-8)).rstrip()
+        return f"{text}\n{DENIED}" if isinstance(error, PermissionError) else text
     except BaseException:
         return f"{type(error).__name__}: {error}"
 
