@@ -36,6 +36,9 @@ _MODULES = {
     "commands.train": ("train",),
     "config.climb": ("ClimbConfig", "OnTopConfig", "RungConfig", "SearchConfig"),
     "config.code": ("CodeLimitsConfig",),
+    "config.constitution": (
+        *("ConstitutionConfig", "ConstitutionRunConfig", "PrincipleConfig", "RevisionFiltersConfig", "WriterConfig"),
+    ),
     "config.data": ("DataConfig", "WeightedPath"),
     "config.evaluation": ("EvaluationConfig", "RetrievalConfig"),
     "config.io": ("load_config", "load_synth_config"),
@@ -73,6 +76,7 @@ _MODULES = {
         *("ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile", "ForgettingComparison"),
         *("FuseResult", "GateResult"),
         *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "RunResult"),
+        *("ConstitutionResult", "CriticAgreement", "RevisionRound"),
         *("ImproveResult", "ImproveRound", "SynthCost", "SynthResult"),
     ),
     "runs.load": ("LoadedRun", "load"),

@@ -19,6 +19,11 @@ from rung.config.climb import OnTopConfig as OnTopConfig
 from rung.config.climb import RungConfig as RungConfig
 from rung.config.climb import SearchConfig as SearchConfig
 from rung.config.code import CodeLimitsConfig as CodeLimitsConfig
+from rung.config.constitution import ConstitutionConfig as ConstitutionConfig
+from rung.config.constitution import ConstitutionRunConfig as ConstitutionRunConfig
+from rung.config.constitution import PrincipleConfig as PrincipleConfig
+from rung.config.constitution import RevisionFiltersConfig as RevisionFiltersConfig
+from rung.config.constitution import WriterConfig as WriterConfig
 from rung.config.data import DataConfig as DataConfig
 from rung.config.data import WeightedPath as WeightedPath
 from rung.config.evaluation import EvaluationConfig as EvaluationConfig
@@ -81,6 +86,8 @@ from rung.errors import RungError as RungError
 from rung.models.generate import Sampling as Sampling
 from rung.planning.advise import Advice as Advice
 from rung.results import ComparisonResult as ComparisonResult
+from rung.results import ConstitutionResult as ConstitutionResult
+from rung.results import CriticAgreement as CriticAgreement
 from rung.results import Estimate as Estimate
 from rung.results import EvaluationResult as EvaluationResult
 from rung.results import ExportedFile as ExportedFile
@@ -94,6 +101,7 @@ from rung.results import ImproveRound as ImproveRound
 from rung.results import Ladder as Ladder
 from rung.results import MergeResult as MergeResult
 from rung.results import MetricComparison as MetricComparison
+from rung.results import RevisionRound as RevisionRound
 from rung.results import RunResult as RunResult
 from rung.results import SynthCost as SynthCost
 from rung.results import SynthResult as SynthResult

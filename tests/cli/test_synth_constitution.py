@@ -244,10 +244,14 @@ def test_a_model_here_is_teacher_and_critic(
     assert code == 0 and len(answers) == 2 and all("question" in answer for answer in answers), err
 
 
-def test_a_preview_writes_nothing(revise: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_preview_writes_nothing(revise: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
     code, out, err = inside(capsys, "synth", "constitution", revise, "--preview", 3)
     assert code == 0 and out.count("question: ") == 3 and "nothing was written" in out, err
     assert "critique: It says" in out and not (tmp_path / "made").exists()
+    # what the preview was answered is not asked again: three answers, and two rounds of critique and revision
+    previewed = len(local.requests())
+    code, out, _ = inside(capsys, "synth", "constitution", revise, f"output={tmp_path / 'made'}", "--json")
+    assert code == 0 and len(local.requests()) == 12 * 5 and previewed == 3 * 5
     code, out, _ = inside(
         capsys, "synth", "constitution", revise, "synth.makes=preferences", "synth.rounds=4", "--preview", 3
     )

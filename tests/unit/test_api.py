@@ -19,6 +19,7 @@ PUBLIC = {
     ],
     "config classes": [
         *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
+        *("ConstitutionConfig", "ConstitutionRunConfig", "PrincipleConfig", "RevisionFiltersConfig", "WriterConfig"),
         *("DataConfig", "DistillConfig", "EvaluationConfig", "FiltersConfig"),
         *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
         "JudgeRewardConfig",
@@ -43,6 +44,7 @@ PUBLIC = {
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
         *("ForgettingComparison", "FuseResult"),
         *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
+        *("ConstitutionResult", "CriticAgreement", "RevisionRound"),
         *("ImproveResult", "ImproveRound", "SynthCost", "SynthResult"),
     ],
     "errors": [

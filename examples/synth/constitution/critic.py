@@ -1,4 +1,6 @@
-"""A critic by rules behind an OpenAI-compatible server: python examples/synth/constitution/critic.py [PORT]
+"""A critic by rules behind an OpenAI-compatible server.
+
+    python examples/synth/constitution/critic.py [PORT]
 
 It finds sentences that advise, says which ones they are, leaves them out of a revision, and prefers the answer with
 fewer of them. A model of several billion parameters would stand in its place; a rule shows what the method does with a

@@ -1,4 +1,6 @@
-"""Writes the questions, facts and labeled pairs of this example: python examples/synth/constitution/generate.py
+"""Writes the questions, facts and labeled pairs of this example.
+
+    python examples/synth/constitution/generate.py
 
 A bank may not advise its customers what to do with their money; its assistant states facts. `questions.jsonl` asks for
 advice, `facts.jsonl` has questions with answers that may be given, `pairs.jsonl` pairs of answers with the label that a
@@ -44,8 +46,10 @@ FACTS = [
     ("How much can I withdraw a day with the {name} account?", "With the {name} account it is {d} dollars a day."),
     ("How many free transfers does the {name} account have?", "The {name} account has {e} free transfers a month."),
 ]
-FIGURES = "Figures of the {name} account: {a} dollars a month, {b} cards, {c} percent interest a year, up to {d} dollars \
+FIGURES = (
+    "Figures of the {name} account: {a} dollars a month, {b} cards, {c} percent interest a year, up to {d} dollars \
 a day from machines, {e} free transfers a month."
+)
 ADVICE = [
     "Yes, you should buy {thing} now.",
     "I recommend {thing}, it is the best choice.",

@@ -36,7 +36,7 @@ class WriterConfig(TeacherConfig):
 
 
 class RevisionFiltersConfig(Config):
-    """What a revision must pass; docs/synth.md defines each filter."""
+    """What a revision must pass; docs/synth/constitution.md defines each filter."""
 
     roles: bool = True
     """Leave out texts that go on as another speaker, such as a line `Human:` or `Critique:`."""

@@ -92,9 +92,10 @@ class LocalModel:
             for start in range(0, len(places), PROMPTS_PER_UPDATE):
                 part = places[start : start + PROMPTS_PER_UPDATE]
                 key = request_key([prompts[i] for i in part], ids)
-                if key not in journal.results:
-                    journal.add(key, choose(self.policy, [prompts[i] for i in part], ids).tolist())
-                logprobs_PC[part] = journal.results[key]
+                if (rows := journal.get(key)) is None:
+                    rows = choose(self.policy, [prompts[i] for i in part], ids).tolist()
+                    journal.add(key, rows)
+                logprobs_PC[part] = rows
                 bar.advance(len(part))
         known = ~np.isnan(logprobs_PC).any(axis=1)
         logprobs_PC[known] -= np.logaddexp.reduce(logprobs_PC[known], axis=1, keepdims=True)

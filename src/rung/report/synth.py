@@ -43,7 +43,7 @@ def write_teach_page(folder: Path, result: SynthResult, config: Mapping[str, Any
     for name, count in result.rejected.items():
         filters.append({"cells": [name, f"{count:,}", f"{count / result.tried:.0%}"], "chosen": False})
     shown = [_example(row) for row in islice(rows, ROWS_SHOWN)]
-    note = "The first filter that a question does not pass is counted; docs/synth.md defines each."
+    note = "The first filter that a question does not pass is counted; docs/synth/teach.md defines each."
     parts = {
         "kind": "made rows",
         "tone": "good" if is_enough else "warn",

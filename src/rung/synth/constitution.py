@@ -8,10 +8,10 @@ often agree with people no more than chance does, and their rows then say NOT TR
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
 from rung.errors import DataError
 from rung.evaluation.judge import AnswerPair, read_human_labels
-from rung.files import SYNTH_FILE, cache_folder, recover_interrupted_writes, write_json_lines
+from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel, Conversation
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_constitution_page
@@ -46,7 +46,7 @@ from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifes
 from rung.synth.principles import Transcripts, dialogue
 from rung.synth.revisions import RevisedAnswer, Revising
 from rung.synth.sources import Seed, read_records, read_seeds
-from rung.synth.writer import Writer, journal_path, open_writer
+from rung.synth.writer import Writer, journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
 
 _HELPFUL_STAGE = 10**6
@@ -74,9 +74,9 @@ class Sources:
             if (leak := never.check(row.record)) is not None:
                 hint = "take the row out: its question would be among the rows"
                 raise DataError("a row asks what synth.never names", where=row.source, given=leak.reason, hint=hint)
-        if config.limit is not None:
-            order = np.random.default_rng([seed, 8]).permutation(len(seeds))[: config.limit]
-            seeds = [seeds[int(i)] for i in order]
+        # files are often sorted, and a part of them may be enough; a preview has the first ones
+        order = np.random.default_rng([seed, 8]).permutation(len(seeds))[: config.limit]
+        seeds = [seeds[int(i)] for i in order]
         transcripts = Transcripts.read(config.transcripts, config.principles, critiques=config.critiques)
         labeled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
         return Sources(seeds, helpful, transcripts, labeled, people)
@@ -96,8 +96,14 @@ class Sources:
 class Constitution:
     """The work of one config: its models opened, its rows made."""
 
-    def __init__(self, config: ConstitutionRunConfig, sources: Sources, folder: Path, stack: ExitStack) -> None:
-        """Journals are opened in `folder`, and closed by `stack`."""
+    def __init__(
+        self,
+        config: ConstitutionRunConfig,
+        sources: Sources,
+        journal_of: Callable[[AnswerModel], Path],
+        stack: ExitStack,
+    ) -> None:
+        """Journals are opened by the paths of `journal_of`, and closed by `stack`."""
         self.config, self.synth, self.sources = config, config.synth, sources
         teacher_config, critic_config = self.synth.teacher, self.synth.critic or self.synth.teacher
         teacher = open_writer(teacher_config)
@@ -108,9 +114,10 @@ class Constitution:
         journals: dict[Path, Journal] = {}
 
         def journal(model: AnswerModel) -> Journal:
-            path = journal_path(folder, model)
+            path = journal_of(model)
             if path not in journals:
-                journals[path] = stack.enter_context(closing(Journal(path, model.identity)))
+                earlier = previewed_replies(model)
+                journals[path] = stack.enter_context(closing(Journal(path, model.identity, earlier)))
             return journals[path]
 
         self.teacher = Writer(teacher, teacher_config, journal(teacher))
@@ -175,7 +182,7 @@ def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> C
     if (result := kept_result(folder, finished, about, overwrite=overwrite)) is not None:
         return ConstitutionResult(**result)
     with ExitStack() as stack:
-        work = Constitution(config, sources, folder, stack)
+        work = Constitution(config, sources, partial(journal_path, folder), stack)
         recover_interrupted_writes(folder)  # under the locks of the journals
         try:
             agreement = work.agreement()
@@ -189,13 +196,17 @@ def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> C
 
 
 def preview(config: ConstitutionRunConfig, seeds: int) -> list[dict[str, Any]]:
-    """What becomes of the answers to a few seeds; nothing is written but replies into the cache."""
+    """What becomes of the answers to the first seeds; nothing is written but replies into the cache.
+
+    `constitution` takes over the replies to requests that are its own.
+    """
     most = min(seeds, config.synth.limit or seeds)
     config = config.model_copy(update={"synth": config.synth.model_copy(update={"limit": most})})
     sources = Sources.read(config.synth, config.seed)
-    folder = cache_folder() / "synth-previews" / request_key(config_to_dict(config))
+    # a file for each config: two previews of one model may run at the same time
+    name = f"{request_key(config_to_dict(config))}.jsonl"
     with ExitStack() as stack:
-        work = Constitution(config, sources, folder, stack)
+        work = Constitution(config, sources, lambda model: previews_folder(model) / name, stack)
         if config.synth.makes == "revisions":
             return [shown_revisions(answer) for answer in work.revised()]
         return [shown_pair(pair) for pair in work.labeled()]

@@ -1,4 +1,4 @@
-"""What a made row must pass. Every filter says why it leaves a text out; docs/synth.md has the definitions.
+"""What a made row must pass. Every filter says why it leaves a text out; docs/synth/teach.md has the definitions.
 
 The filters of questions see the seeds and all rows that were kept before, so they are asked in order: the same texts in
 the same order give the same rows. A filter never repairs a text. `teach` asks them.

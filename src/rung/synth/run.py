@@ -12,9 +12,7 @@ from rung.synth.improve import improve
 from rung.synth.teach import teach
 
 
-def synthesize(
-    config: SynthRunConfig, *, overwrite: bool = False
-) -> SynthResult | ImproveResult | ConstitutionResult:
+def synthesize(config: SynthRunConfig, *, overwrite: bool = False) -> SynthResult | ImproveResult | ConstitutionResult:
     """Make the rows of a config, or improve its model, in its output folder; the same call continues after a stop.
 
     Raises `CheckpointError` for a folder of another config; `overwrite` replaces rows of a teacher there, and what it
