@@ -37,7 +37,8 @@ _MODULES = {
     "config.climb": ("ClimbConfig", "OnTopConfig", "RungConfig", "SearchConfig"),
     "config.code": ("CodeLimitsConfig",),
     "config.constitution": (
-        *("ConstitutionConfig", "ConstitutionRunConfig", "PrincipleConfig", "RevisionFiltersConfig", "WriterConfig"),
+        *("ConstitutionConfig", "ConstitutionRunConfig", "PreferencesConfig", "PrincipleConfig"),
+        *("RevisionFiltersConfig", "RevisionsConfig", "WriterConfig"),
     ),
     "config.data": ("DataConfig", "WeightedPath"),
     "config.evaluation": ("EvaluationConfig", "RetrievalConfig"),

@@ -21,8 +21,10 @@ from rung.config.climb import SearchConfig as SearchConfig
 from rung.config.code import CodeLimitsConfig as CodeLimitsConfig
 from rung.config.constitution import ConstitutionConfig as ConstitutionConfig
 from rung.config.constitution import ConstitutionRunConfig as ConstitutionRunConfig
+from rung.config.constitution import PreferencesConfig as PreferencesConfig
 from rung.config.constitution import PrincipleConfig as PrincipleConfig
 from rung.config.constitution import RevisionFiltersConfig as RevisionFiltersConfig
+from rung.config.constitution import RevisionsConfig as RevisionsConfig
 from rung.config.constitution import WriterConfig as WriterConfig
 from rung.config.data import DataConfig as DataConfig
 from rung.config.data import WeightedPath as WeightedPath

@@ -30,7 +30,8 @@ def revise(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     file.write_text(
         f"synth:\n  kind: constitution\n  teacher: {{server: {local.url}, model: teacher}}\n"
         f"  critic: {{server: {local.url}, model: critic, price: {{prompt: 2, answer: 10}}}}\n"
-        f"  principles: ['{RULE}']\n  seeds: {tmp_path / 'seeds.jsonl'}\n  rounds: 2\noutput: {tmp_path / 'made'}\n"
+        f"  principles: ['{RULE}']\n  seeds: {tmp_path / 'seeds.jsonl'}\n"
+        f"  makes: {{kind: revisions, rounds: 2}}\noutput: {tmp_path / 'made'}\n"
     )
     return file
 
@@ -43,7 +44,7 @@ def test_revisions_that_train(revise: Path, local: Local, config: Path, tmp_path
     """Every revision of every round is a row; one that changes nothing is counted; training says who made its rows."""
     helpful = [{"question": f"Who sells fruit here, {i}?", "answer": "The baker."} for i in range(2)]
     (tmp_path / "helpful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in helpful))
-    settings = ("synth.seeds=" + str(tmp_path / "seeds.jsonl"), f"synth.helpful={tmp_path / 'helpful.jsonl'}")
+    settings = ("synth.seeds=" + str(tmp_path / "seeds.jsonl"), f"synth.makes.helpful={tmp_path / 'helpful.jsonl'}")
     code, out, err = inside(capsys, "synth", "constitution", revise, *settings, "--json")
     assert code == 0 and "revisions" in err, err
     result, rows = json.loads(out), lines(tmp_path / "made" / "rows.jsonl")
@@ -89,7 +90,7 @@ def test_the_order_of_a_dialogue(revise: Path, local: Local, tmp_path: Path, cap
     )
     example = {"rule": "Be kind.", "question": "Who?", "answer": "Nobody.", "critique": "Rude.", "revision": "Anne."}
     (tmp_path / "examples.jsonl").write_text(json.dumps(example) + "\n")
-    settings = [f"synth.seeds={tmp_path / 'rotten.jsonl'}", "synth.answers=seeds", "synth.filters.language=false"]
+    settings = [f"synth.seeds={tmp_path / 'rotten.jsonl'}", "synth.makes.answers=seeds", "synth.filters.language=false"]
     settings.append(f"synth.transcripts={tmp_path / 'examples.jsonl'}")
     assert inside(capsys, "synth", "constitution", revise, *settings)[0] == 0
     critique_1, revision_1, critique_2, revision_2 = map(roles, local.requests())
@@ -117,7 +118,7 @@ def test_the_order_of_a_dialogue(revise: Path, local: Local, tmp_path: Path, cap
     assert all(row["context"] == "a shop" and row["question"] == "Box 7?" for row in rows)
     # without critiques: the revision is asked for behind the answer, in the examples too
     before = len(local.requests())
-    settings += ["synth.critiques=false", "--overwrite"]
+    settings += ["synth.makes.critiques=false", "--overwrite"]
     assert inside(capsys, "synth", "constitution", revise, *settings)[0] == 0
     direct = list(map(roles, local.requests()[before:]))
     assert len(direct) == 2
@@ -160,7 +161,7 @@ def test_preferences_are_averaged_over_both_orders(
 ) -> None:
     """The place of an answer is worth one nat to this critic: the mean over both orders has none of it."""
     local.rule(rotten=True, **({"preference": 0.7} if reports else {"refuse": "logprobs"}))
-    settings = ("synth.makes=preferences", "synth.rounds=4")
+    settings = ("synth.makes=preferences",)
     code, out, err = inside(capsys, "synth", "constitution", revise, *settings, "--json")
     assert code == 0, err
     result, rows = json.loads(out), lines(tmp_path / "made" / "rows.jsonl")
@@ -183,7 +184,7 @@ def test_preferences_are_averaged_over_both_orders(
 def test_soft_labels_reach_the_loss(revise: Path, local: Local, config: Path, tmp_path: Path, capsys: Any) -> None:
     """The written rows train a preference as they are; with reasons the probabilities are clamped."""
     local.rule(rotten=True, preference=3.0)
-    settings = ("synth.makes=preferences", "synth.rounds=4", "synth.pairs_per_question=2", "synth.reasoning=true")
+    settings = ["synth.makes={kind: preferences, pairs_per_question: 2, reasoning: true}"]
     code, out, err = inside(capsys, "synth", "constitution", revise, *settings, "--json")
     assert code == 0, err
     rows = lines(tmp_path / "made" / "rows.jsonl")
@@ -212,7 +213,7 @@ def test_a_critic_is_trusted_if_people_agree_with_it(
     ]
     pairs.append({"question": "Box 99?", "first": "a", "second": "b", "human": "tie"})
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    settings = (f"synth.human_labels={tmp_path / 'people.jsonl'}", "synth.limit=3", "synth.rounds=1")
+    settings = (f"synth.human_labels={tmp_path / 'people.jsonl'}", "synth.limit=3", "synth.makes.rounds=1")
     code, out, err = inside(capsys, "synth", "constitution", revise, *settings, "--json")
     critic = json.loads(out)["critic"]
     assert (code, critic["trusted"], critic["pairs"]) == ((0 if trusted else 3), trusted, 20), err
@@ -233,7 +234,7 @@ def test_a_model_here_is_teacher_and_critic(
     assert inside(capsys, "train", config, "training.max_steps=40")[0] == 0
     writer = json.dumps({"model": str(tmp_path / "run"), "max_new_tokens": 12, "stop": ["s"]})
     settings = [f"synth.teacher={writer}", "synth.critic=null", "synth.filters.language=false", "synth.limit=4"]
-    settings += ["synth.rounds=4", "synth.makes=preferences", "synth.filters.roles=false"]
+    settings += ["synth.makes=preferences", "synth.filters.roles=false"]
     code, out, err = inside(capsys, "synth", "constitution", revise, *settings, "--json")
     assert code == 0 and not local.requests() and err.count("loading") == 1, err
     rows = lines(tmp_path / "made" / "rows.jsonl")
@@ -252,9 +253,7 @@ def test_a_preview_writes_nothing(revise: Path, local: Local, tmp_path: Path, ca
     previewed = len(local.requests())
     code, out, _ = inside(capsys, "synth", "constitution", revise, f"output={tmp_path / 'made'}", "--json")
     assert code == 0 and len(local.requests()) == 12 * 5 and previewed == 3 * 5
-    code, out, _ = inside(
-        capsys, "synth", "constitution", revise, "synth.makes=preferences", "synth.rounds=4", "--preview", 3
-    )
+    code, out, _ = inside(capsys, "synth", "constitution", revise, "synth.makes=preferences", "--preview", 3)
     assert code == 0 and out.count("first: ") == out.count("second: ") == 3
 
 
@@ -269,9 +268,9 @@ def test_what_was_banned_is_said_less(revise: Path, config: Path, tmp_path: Path
     for name, part in (("all", questions), ("odd", questions[1::2]), ("even", questions[::2])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     settings = (
-        "synth.answers=seeds",
+        "synth.makes.answers=seeds",
         f"synth.seeds={tmp_path / 'odd.jsonl'}",
-        f"synth.helpful={tmp_path / 'even.jsonl'}",
+        f"synth.makes.helpful={tmp_path / 'even.jsonl'}",
     )
     assert inside(capsys, "synth", "constitution", revise, *settings)[0] == 0
     scores = {}
@@ -298,13 +297,13 @@ def test_what_was_banned_is_said_less(revise: Path, config: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["synth.makes=preferences"], "rounds is for makes: revisions"),
-        (["synth.reasoning=true"], "reasoning is for makes: preferences"),
-        (["synth.rounds=4", "synth.makes=preferences", "synth.clamp=[0.6,0.7]"], "clamp is a lowest probability below"),
+        (["synth.makes={kind: preferences, rounds: 2}"], "rounds"),
+        (["synth.makes.reasoning=true"], "reasoning"),
+        (["synth.makes={kind: preferences, clamp: [0.6, 0.7]}"], "clamp is a lowest probability below"),
         (["synth.principles=[]"], "principles"),
         (["synth.principles=nowhere.yaml"], "the file of principles cannot be read"),
         (["synth.principles=[be kind, be kind]"], "a rule stands in principles twice"),
-        (["synth.answers=seeds"], "no row has an answer"),
+        (["synth.makes.answers=seeds"], "no row has an answer"),
         (["synth.never=[{tmp}/seeds.jsonl]"], "a row asks what synth.never names"),
         (["synth.transcripts={tmp}/seeds.jsonl"], "no text in column rule"),
         (["synth.teacher.model=nothing-here", "synth.teacher.server=null"], "no such model"),

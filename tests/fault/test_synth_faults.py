@@ -169,8 +169,8 @@ def constitution_config(local: Local, folder: Path, makes: str, seeds: int) -> P
     file.write_text(
         f"output: {folder / 'whole'}\nsynth:\n  kind: constitution\n  {teacher}\n  {critic}\n"
         "  principles: [Nothing is rotten., Nothing is old.]\n"
-        f"  makes: {makes}\n  seeds: {folder / 'prompts.jsonl'}\n"
-        f"  rounds: {2 if makes == 'revisions' else 4}\n"
+        f"  makes: {'{kind: revisions, rounds: 2}' if makes == 'revisions' else makes}\n"
+        f"  seeds: {folder / 'prompts.jsonl'}\n"
     )
     return file
 

@@ -19,7 +19,8 @@ PUBLIC = {
     ],
     "config classes": [
         *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
-        *("ConstitutionConfig", "ConstitutionRunConfig", "PrincipleConfig", "RevisionFiltersConfig", "WriterConfig"),
+        *("ConstitutionConfig", "ConstitutionRunConfig", "PreferencesConfig", "PrincipleConfig"),
+        *("RevisionFiltersConfig", "RevisionsConfig", "WriterConfig"),
         *("DataConfig", "DistillConfig", "EvaluationConfig", "FiltersConfig"),
         *("FullConfig", "FunctionRewardConfig", "GrpoConfig", "HeadConfig", "JudgeConfig", "LayerLotteryConfig"),
         "JudgeRewardConfig",
@@ -95,7 +96,9 @@ def test_all_config_classes_are_exported() -> None:
                 pending.extend(getattr(annotation, "__args__", ()))
         return seen
 
-    classes = set().union(*(reachable(c, set()) for c in (RunConfig, TeachRunConfig, ImproveRunConfig)))
+    classes = set().union(
+        *(reachable(c, set()) for c in (RunConfig, TeachRunConfig, ImproveRunConfig, ConstitutionRunConfig))
+    )
     assert classes == set(PUBLIC["config classes"])
 
 

@@ -90,7 +90,8 @@ class Critic:
 
 
 def comparing(probabilities: dict[tuple[str, str], float], rules: Sequence[str] = ("Be kind.",)) -> Comparing:
-    config = ConstitutionConfig(teacher={"model": "x"}, seeds="x", principles=list(rules), makes="preferences")
+    settings = {"teacher": {"model": "x"}, "seeds": "x", "principles": list(rules), "makes": "preferences"}
+    config = ConstitutionConfig.model_validate(settings)
     return Comparing(config, Critic(probabilities), Transcripts(), 0)  # type: ignore[arg-type]
 
 

@@ -48,6 +48,43 @@ class RevisionFiltersConfig(Config):
     """Most words of a revision; default: no limit."""
 
 
+class RevisionsConfig(Config):
+    """Rows for fine-tuning: answers that were revised (Bai et al. 2022, section 3)."""
+
+    kind: Literal["revisions"] = "revisions"
+    rounds: PositiveInt = 4
+    """Critiques and revisions of one answer, one after the other (section 3.2)."""
+    critiques: bool = True
+    """Ask for a critique before each revision; without it for the revision alone (section 3.5)."""
+    answers: Literal["made", "seeds"] = "made"
+    """What is revised. `made`: the teacher's answers; `seeds`: those of the rows."""
+    helpful: str | None = Field(default=None, min_length=1)
+    """Rows that are added unrevised, so that the model stays helpful; those of a file without answers are answered by
+    the teacher (section 3.2)."""
+
+
+class PreferencesConfig(Config):
+    """Pairs of answers with the probability that the chosen one is better (Bai et al. 2022, section 4)."""
+
+    kind: Literal["preferences"] = "preferences"
+    pairs_per_question: PositiveInt = 1
+    """Pairs of answers that are sampled for each question."""
+    reasoning: bool = False
+    """The critic writes its reasons before it compares (section 4.1, chain of thought)."""
+    clamp: tuple[Fraction, Fraction] | None = None
+    """Lowest and highest probability; default: none, and 0.4 to 0.6 with reasoning, behind which probabilities are
+    extreme (section 4.1)."""
+
+    @property
+    def probability_range(self) -> tuple[float, float]:
+        """The resolved `clamp`."""
+        return self.clamp or ((0.4, 0.6) if self.reasoning else (0.0, 1.0))
+
+    def _check(self) -> None:
+        if self.clamp is not None and not self.clamp[0] < 0.5 < self.clamp[1]:
+            raise ValueError("clamp is a lowest probability below 0.5 and a highest one above it")
+
+
 class ConstitutionConfig(Config):
     """A model criticizes and revises answers by written rules, or compares them (Bai et al. 2022)."""
 
@@ -62,25 +99,8 @@ class ConstitutionConfig(Config):
     """Rows with the questions, as `data.path`."""
     limit: PositiveInt | None = None
     """Maximum number of seeds, a random sample by the seed."""
-    makes: Literal["revisions", "preferences"] = "revisions"
-    """`revisions`: rows for fine-tuning (section 3.1); `preferences`: pairs with the probability that the chosen answer
-    is the better one, for preferences and reward models (section 4.1)."""
-    answers: Literal["made", "seeds"] = "made"
-    """revisions only: what is revised. `made`: the teacher's answers; `seeds`: those of the rows."""
-    rounds: PositiveInt = 4
-    """revisions only: critiques and revisions of one answer, one after the other (section 3.2)."""
-    critiques: bool = True
-    """revisions only: ask for a critique before each revision; without it for the revision alone (section 3.5)."""
-    helpful: str | None = Field(default=None, min_length=1)
-    """revisions only: rows that are added unrevised, so that the model stays helpful; where a row has no answer the
-    teacher writes it (section 3.2)."""
-    pairs_per_question: PositiveInt = 1
-    """preferences only: pairs of answers that are sampled for each question."""
-    reasoning: bool = False
-    """preferences only: the critic writes its reasons before it compares (section 4.1, chain of thought)."""
-    clamp: tuple[Fraction, Fraction] | None = None
-    """preferences only: lowest and highest probability; default: none, and 0.4 to 0.6 with reasoning, behind which
-    probabilities are extreme (section 4.1)."""
+    makes: Annotated[RevisionsConfig | PreferencesConfig, Field(discriminator="kind")] = RevisionsConfig()
+    """What is made, and how. In YAML the kind alone is enough."""
     transcripts: str | None = Field(default=None, min_length=1)
     """Worked examples before every request: rows of `rule`, `question`, `answer`, `critique`, `revision`, and for
     comparisons of `rule`, `question`, `first`, `second`, `better`."""
@@ -107,22 +127,14 @@ class ConstitutionConfig(Config):
             raise ValueError("principles is a list of rules, or a YAML file with one")
         return [{"rule": p} if isinstance(p, str) else p for p in principles]
 
-    @property
-    def probability_range(self) -> tuple[float, float]:
-        """The resolved `clamp`."""
-        return self.clamp or ((0.4, 0.6) if self.reasoning else (0.0, 1.0))
+    @field_validator("makes", mode="before")
+    @classmethod
+    def _expand_makes(cls, makes: Any) -> Any:
+        if isinstance(makes, str):
+            return {"kind": makes}
+        return {"kind": "revisions", **makes} if isinstance(makes, dict) else makes
 
     def _check(self) -> None:
-        of_other = {
-            "revisions": ("pairs_per_question", "reasoning", "clamp"),
-            "preferences": ("answers", "rounds", "critiques", "helpful"),
-        }[self.makes]
-        defaults = type(self).model_fields
-        if given := [name for name in of_other if getattr(self, name) != defaults[name].default]:
-            other = "preferences" if self.makes == "revisions" else "revisions"
-            raise ValueError(f"{given[0]} is for makes: {other}")
-        if self.clamp is not None and not self.clamp[0] < 0.5 < self.clamp[1]:
-            raise ValueError("clamp is a lowest probability below 0.5 and a highest one above it")
         if len({principle.rule for principle in self.principles}) < len(self.principles):
             raise ValueError("a rule stands in principles twice")
 

@@ -41,6 +41,7 @@ deep, are 329 bytes and ten billion nodes."""
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
 _UNION_GROUPS = frozenset(
     {("method",), ("objective",), ("objective", "reward"), ("synth", "verifier"), ("synth", "selection", "verifier")}
+    | {("synth", "makes")}
 )
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 

@@ -63,7 +63,7 @@ class TeacherConfig(Config):
 
 
 class FiltersConfig(Config):
-    """What a made row must pass; docs/synth/teach.md defines each filter. A filter that is off lets every row through."""
+    """What a made row must pass; docs/synth/teach.md defines each filter. A filter that is off passes all rows."""
 
     novelty: Fraction | None = 0.7
     """ROUGE-L F1 with any seed or earlier question at which a question is not new (Wang et al. 2023, section 2.2)."""

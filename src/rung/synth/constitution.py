@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rung.config.constitution import ConstitutionConfig, ConstitutionRunConfig
+from rung.config.constitution import ConstitutionConfig, ConstitutionRunConfig, PreferencesConfig, RevisionsConfig
 from rung.config.io import config_to_dict
 from rung.console import ProgressBar, print_status
 from rung.data.messages import message_to_json
@@ -67,8 +67,14 @@ class Sources:
     @staticmethod
     def read(config: ConstitutionConfig, seed: int) -> Sources:
         """Read and check all files. Raises `DataError` for rows that cannot be used."""
-        seeds = read_seeds(config.seeds, with_answers=config.answers == "seeds", where="synth.seeds")
-        helpful = read_seeds(config.helpful, with_answers=False, where="synth.helpful") if config.helpful else []
+        helpful: list[Seed] = []
+        makes, critiques = config.makes, False
+        with_answers = isinstance(makes, RevisionsConfig) and makes.answers == "seeds"
+        seeds = read_seeds(config.seeds, with_answers=with_answers, where="synth.seeds")
+        if isinstance(makes, RevisionsConfig):
+            critiques = makes.critiques
+            if makes.helpful is not None:
+                helpful = read_seeds(makes.helpful, with_answers=False, where="synth.makes.helpful")
         never = LeakFilter(record for path in config.never for record in read_records(path, "synth.never"))
         for row in (*seeds, *helpful):
             if (leak := never.check(row.record)) is not None:
@@ -77,7 +83,7 @@ class Sources:
         # files are often sorted, and a part of them may be enough; a preview has the first ones
         order = np.random.default_rng([seed, 8]).permutation(len(seeds))[: config.limit]
         seeds = [seeds[int(i)] for i in order]
-        transcripts = Transcripts.read(config.transcripts, config.principles, critiques=config.critiques)
+        transcripts = Transcripts.read(config.transcripts, config.principles, critiques=critiques)
         labeled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
         return Sources(seeds, helpful, transcripts, labeled, people)
 
@@ -131,7 +137,7 @@ class Constitution:
         print_status("the critic compares the pairs that people labeled")
         return agreement_with_people(self.comparing, self.sources.labeled, self.sources.people, self.config.seed)
 
-    def revised(self) -> list[RevisedAnswer]:
+    def revised(self, makes: RevisionsConfig) -> list[RevisedAnswer]:
         """The answers to all seeds with their revisions."""
         writers = (self.teacher, self.critic)
         with ProgressBar("revise", len(self.sources.seeds)) as bar:
@@ -140,16 +146,17 @@ class Constitution:
                 bar.advance(done - bar.done, revisions=f"{revisions:,}")
 
             transcripts = self.sources.transcripts
-            return Revising(self.synth, self.sources.seeds, writers, transcripts, self.config.seed, show).run()
+            revising = Revising(self.synth, makes, self.sources.seeds, writers, transcripts, self.config.seed, show)
+            return revising.run()
 
-    def labeled(self) -> list[LabeledPair]:
+    def labeled(self, makes: PreferencesConfig) -> list[LabeledPair]:
         """The pairs of answers to all seeds with their probabilities."""
         with ProgressBar("compare", len(self.sources.seeds)) as bar:
 
             def show(done: int, pairs: int) -> None:
                 bar.advance(done - bar.done, pairs=f"{pairs:,}")
 
-            return label_pairs(self.comparing, self.teacher, self.sources.seeds, show)
+            return label_pairs(self.comparing, makes, self.teacher, self.sources.seeds, show)
 
     def helpful(self) -> list[dict[str, Any]]:
         """Rows that are added unrevised; the teacher answers those without an answer."""
@@ -186,8 +193,9 @@ def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> C
         recover_interrupted_writes(folder)  # under the locks of the journals
         try:
             agreement = work.agreement()
+            makes = config.synth.makes
             outcome: list[RevisedAnswer] | list[LabeledPair]
-            outcome = work.revised() if config.synth.makes == "revisions" else work.labeled()
+            outcome = work.revised(makes) if isinstance(makes, RevisionsConfig) else work.labeled(makes)
             helpful = work.helpful()
         except KeyboardInterrupt:
             print_status(f"all replies so far are kept in {folder}: the same command continues")
@@ -207,9 +215,10 @@ def preview(config: ConstitutionRunConfig, seeds: int) -> list[dict[str, Any]]:
     name = f"{request_key(config_to_dict(config))}.jsonl"
     with ExitStack() as stack:
         work = Constitution(config, sources, lambda model: previews_folder(model) / name, stack)
-        if config.synth.makes == "revisions":
-            return [shown_revisions(answer) for answer in work.revised()]
-        return [shown_pair(pair) for pair in work.labeled()]
+        makes = config.synth.makes
+        if isinstance(makes, RevisionsConfig):
+            return [shown_revisions(answer) for answer in work.revised(makes)]
+        return [shown_pair(pair) for pair in work.labeled(makes)]
 
 
 def _write(
@@ -238,12 +247,12 @@ def _write(
     costs["critic"] = work.critic.cost.result((synth.critic or synth.teacher).price)
     result = ConstitutionResult(
         output=str(folder / ROWS_FILE),
-        makes=synth.makes,
+        makes=synth.makes.kind,
         rows=len(made) + len(helpful),
         helpful=len(helpful),
         seeds=len(work.sources.seeds),
         rejected=dict(sorted(counts.items(), key=lambda item: -item[1])),
-        rounds=round_summaries(answers, synth.rounds) if answers else (),
+        rounds=round_summaries(answers, synth.makes.rounds) if isinstance(synth.makes, RevisionsConfig) else (),
         critic=agreement,
         costs=costs,
         **preference_facts(pairs),

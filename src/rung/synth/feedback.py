@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.config.constitution import ConstitutionConfig, PrincipleConfig
+from rung.config.constitution import ConstitutionConfig, PreferencesConfig, PrincipleConfig
 from rung.evaluation.judge import AnswerPair
 from rung.inference.ask import Answer, Conversation
 from rung.results import CriticAgreement
@@ -50,13 +50,14 @@ class Comparing:
         """The critic writes reasons where the config asks for them."""
         self.config, self.critic, self.seed = config, critic, seed
         self.examples = tuple(transcripts.before_comparison())
+        self._reasons = isinstance(config.makes, PreferencesConfig) and config.makes.reasoning
 
     def probabilities(
         self, pairs: Sequence[Compared], rules: Sequence[PrincipleConfig], stage: Sequence[int]
     ) -> NDArray[np.float64]:
         """P(first is better) of each pair in both orders, [P, 2]; NaN where the critic gives no verdict."""
         places = [(i, swapped) for i in range(len(pairs)) for swapped in (False, True)]
-        if self.config.reasoning:
+        if self._reasons:
             conversations, readable = self._with_reasons(pairs, rules, places, stage)
         else:
             conversations = [self._asked(pairs[i], rules[i], swapped=swapped) for i, swapped in places]
@@ -92,7 +93,11 @@ class Comparing:
 
 
 def label_pairs(
-    comparing: Comparing, teacher: Writer, seeds: Sequence[Seed], on_round: Callable[[int, int], None]
+    comparing: Comparing,
+    makes: PreferencesConfig,
+    teacher: Writer,
+    seeds: Sequence[Seed],
+    on_round: Callable[[int, int], None],
 ) -> list[LabeledPair]:
     """Sample pairs of answers to every seed, and compare each by a rule that is drawn for it.
 
@@ -101,7 +106,7 @@ def label_pairs(
     config, labeled = comparing.config, list[LabeledPair]()
     texts = [text for s in seeds for text in (s.question, s.answer)]
     language = LanguageFilter(texts) if config.filters.language else None
-    per_seed = config.pairs_per_question
+    per_seed = makes.pairs_per_question
     for start in range(0, len(seeds), SEEDS_PER_ROUND):
         part = seeds[start : start + SEEDS_PER_ROUND]
         asked = [Conversation(tuple(dialogue(seed.turns, seed.context, "")[:-1])) for seed in part]
@@ -111,7 +116,7 @@ def label_pairs(
             for i, reply in enumerate(replies)
             for k in range(per_seed)
         ]
-        labeled += _labeled(comparing, pairs, start)
+        labeled += _labeled(comparing, makes.probability_range, pairs, start)
         on_round(start + len(part), sum(pair.rejection is None for pair in labeled))
     return labeled
 
@@ -142,7 +147,9 @@ def _sampled_pair(
     return replace(pair, first=first, second=second, rejection=rejection)
 
 
-def _labeled(comparing: Comparing, pairs: Sequence[LabeledPair], start: int) -> list[LabeledPair]:
+def _labeled(
+    comparing: Comparing, limits: tuple[float, float], pairs: Sequence[LabeledPair], start: int
+) -> list[LabeledPair]:
     """The pairs with the critic's probabilities."""
     config, open_pairs = comparing.config, [pair for pair in pairs if pair.rejection is None]
     rules = []
@@ -151,7 +158,7 @@ def _labeled(comparing: Comparing, pairs: Sequence[LabeledPair], start: int) -> 
         rules.append(config.principles[int(chance.integers(len(config.principles)))])
     compared = [Compared(p.seed.turns, p.seed.context, p.first, p.second) for p in open_pairs]
     by_order = comparing.probabilities(compared, rules, (1, start)).tolist() if compared else []
-    low, high = config.probability_range
+    low, high = limits
     found: dict[int, LabeledPair] = {}
     for pair, rule, (as_first, as_second) in zip(open_pairs, rules, by_order, strict=True):
         mean = (as_first + as_second) / 2

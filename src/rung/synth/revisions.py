@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rung.config.constitution import ConstitutionConfig, PrincipleConfig
+from rung.config.constitution import ConstitutionConfig, PrincipleConfig, RevisionsConfig
 from rung.inference.ask import Answer, Conversation
 from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
 from rung.synth.principles import Transcripts, critique_dialogue, dialogue, revision_dialogue
@@ -83,6 +83,7 @@ class Revising:
     def __init__(
         self,
         config: ConstitutionConfig,
+        makes: RevisionsConfig,
         seeds: Sequence[Seed],
         writers: tuple[Writer, Writer],
         transcripts: Transcripts,
@@ -90,9 +91,9 @@ class Revising:
         on_round: Callable[[int, int], None],
     ) -> None:
         """`writers` are teacher and critic; `on_round` receives the numbers of seeds and of revisions so far."""
-        self.config, self.seeds, self.seed, self.on_round = config, seeds, seed, on_round
+        self.config, self.makes, self.seeds, self.seed, self.on_round = config, makes, seeds, seed, on_round
         self.teacher, self.critic = writers
-        self.examples = tuple(transcripts.before_revision(critiques=config.critiques))
+        self.examples = tuple(transcripts.before_revision(critiques=makes.critiques))
         texts = [text for s in seeds for text in (s.question, s.answer)]
         self._language = LanguageFilter(texts) if config.filters.language else None
 
@@ -102,14 +103,14 @@ class Revising:
         for start in range(0, len(self.seeds), SEEDS_PER_ROUND):
             numbers = range(start, min(start + SEEDS_PER_ROUND, len(self.seeds)))
             answers = self._first_answers([RevisedAnswer(i, self.seeds[i]) for i in numbers])
-            for number in range(1, self.config.rounds + 1):
+            for number in range(1, self.makes.rounds + 1):
                 answers = self._revised(answers, number)
             done += answers
             self.on_round(len(done), sum(len(answer.revisions) for answer in done))
         return done
 
     def _first_answers(self, answers: Sequence[RevisedAnswer]) -> list[RevisedAnswer]:
-        if self.config.answers == "seeds":
+        if self.makes.answers == "seeds":
             return [replace(answer, first=answer.seed.answer) for answer in answers]
         # the question as it is, with its context
         asked = [Conversation(tuple(dialogue(a.seed.turns, a.seed.context, "")[:-1])) for a in answers]
@@ -145,7 +146,7 @@ class Revising:
         self, answers: Sequence[RevisedAnswer], rules: dict[int, PrincipleConfig], number: int
     ) -> dict[int, str | Rejection]:
         """The critique of each answer, or why there is none; nothing where no critiques are asked for."""
-        if not self.config.critiques or not answers:
+        if not self.makes.critiques or not answers:
             return {}
         conversations = [critique_dialogue(self.examples, self._dialogue(a), rules[a.number]) for a in answers]
         replies = self.critic.answers(conversations, [self.seed, 2 * number - 1, answers[0].number])
