@@ -81,6 +81,7 @@ def test_errors_are_a_module_too() -> None:
 
 def test_all_config_classes_are_exported() -> None:
     from rung.config.base import Config
+    from rung.config.constitution import ConstitutionRunConfig
     from rung.config.run import RunConfig
     from rung.config.synth import ImproveRunConfig, TeachRunConfig
 
@@ -96,9 +97,8 @@ def test_all_config_classes_are_exported() -> None:
                 pending.extend(getattr(annotation, "__args__", ()))
         return seen
 
-    classes = set().union(
-        *(reachable(c, set()) for c in (RunConfig, TeachRunConfig, ImproveRunConfig, ConstitutionRunConfig))
-    )
+    configs = (RunConfig, TeachRunConfig, ImproveRunConfig, ConstitutionRunConfig)
+    classes = set().union(*(reachable(config, set()) for config in configs))
     assert classes == set(PUBLIC["config classes"])
 
 
