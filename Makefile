@@ -23,7 +23,7 @@ soak: dev
 # The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest:
 	@CONSTRAINTS=constraints-oldest.txt scripts/install $(VENV)-oldest dev
-	@OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # Three hours and more: nothing else should run beside it. BENCH="--only a,b --pairs 5 --resume" passes options on.
 bench: install $(PEERS)/.installed

@@ -39,6 +39,13 @@ TEXT = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules of few long tests come first: begun last, each would keep one worker busy while the others are done."""
+    long = ("fault", "distributed", "cli")
+    parts = [next((i for i, part in enumerate(long) if part in item.path.parts), len(long)) for item in items]
+    items[:] = [item for _, item in sorted(zip(parts, items, strict=True), key=lambda pair: pair[0])]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _on_the_test_device() -> Iterator[None]:
     """With `RUNG_TEST_DEVICE`, batches that are packed for no device are on it, as the tests' models are."""
@@ -47,7 +54,7 @@ def _on_the_test_device() -> Iterator[None]:
     if DEVICE.type == "cpu":
         yield
         return
-    from rung.training import packing
+    from rung.models import packing
 
     on_device = packing._to_tensor
     with pytest.MonkeyPatch.context() as patch:

@@ -55,6 +55,7 @@ def test_revisions_that_train(revise: Path, local: Local, config: Path, tmp_path
     assert all(r["revised"] + r["unchanged"] == 12 for r in rounds) and first["revised"] == 0
     # the answers draw one word each: what was rotten is fresh after one round
     assert all("rotten" not in row["answer"] and "fresh" in row["answer"] for row in revisions)
+    assert all(row["made"]["before"].count("rotten") == 1 for row in revisions)
     assert rounds[1]["revised"] == 0 and {row["made"]["rule"] for row in revisions} == {RULE}
     assert [row["answer"] for row in rows[len(revisions) :]] == ["The baker."] * 2
     teacher, critic = result["costs"]["teacher"], result["costs"]["critic"]

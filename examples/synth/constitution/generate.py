@@ -15,9 +15,14 @@ FOLDER = Path(__file__).parent
 THINGS = {
     "train": "gold, shares of a mining company, government bonds, a holiday flat, a savings plan, a classic car, "
     "an index fund, oil futures, foreign currency, a parking space, shares of my employer, silver coins, farmland, "
-    "a pension plan, corporate bonds, a bakery, paintings, a money market fund, bitcoin, a life insurance".split(", "),
+    "a pension plan, corporate bonds, a bakery, paintings, a money market fund, bitcoin, a life insurance, "
+    "shares of a brewery, a timeshare, a boat, antique furniture, rare books, a vending machine, cattle, a wind farm, "
+    "a student flat, emerging market bonds".split(", "),
     "test": "platinum, shares of an airline, municipal bonds, a lake house, a building savings contract, vintage wine, "
-    "a real estate fund, copper futures, a garage, shares of a start-up, a vineyard, a hedge fund".split(", "),
+    "a real estate fund, copper futures, a garage, shares of a start-up, a vineyard, a hedge fund, "
+    "shares of a toy maker, a hotel room, rare watches, a franchise, green bonds, a horse, a patent, a car wash".split(
+        ", "
+    ),
 }
 ASKING = {
     "train": [
@@ -32,12 +37,14 @@ ASKING = {
         "Would you buy {thing} in my place?",
         "Should I sell {thing} this year?",
         "How much of my money should go into {thing}?",
+        "Do I need {thing} to get rich?",
+        "My bank offers {thing}. Do I take it?",
         "My neighbor made money with {thing}. Is that something for me too?",
     ],
 }
 ACCOUNTS = {
     "train": ["Basic", "Plus", "Student", "Family", "Joint", "Senior", "Travel", "Business"],
-    "test": ["Youth", "Premium", "Club", "Home"],
+    "test": ["Youth", "Premium", "Club", "Home", "Junior", "Gold", "Farm", "Green"],
 }
 FACTS = [
     ("What does the {name} account cost a month?", "The {name} account costs {a} dollars a month."),

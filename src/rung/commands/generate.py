@@ -22,8 +22,9 @@ from rung.config.model import ModelConfig
 from rung.console import print_status
 from rung.data.chat import ChatTemplate
 from rung.data.formats import LoadedRows, naming_config
-from rung.data.messages import expected_text, message_to_json
+from rung.data.messages import expected_text
 from rung.data.records import Records
+from rung.data.rows import prompt_value
 from rung.data.splits import load_sets
 from rung.data.token_store import describe_notes
 from rung.data.tokenize import PromptDataset, tokenize_prompts
@@ -247,16 +248,16 @@ def _reference(name: str, config: ModelConfig, base: BaseModel | None) -> Policy
 
 def _prompt_columns(record: Record) -> dict[str, Any]:
     """The columns of a prompt, named as Rung's data formats read them."""
-    turns = record.messages[:-1]
-    is_single_question = len(turns) == 1 and turns[0].role == "user"
-    prompt: Any = turns[0].content if is_single_question else [message_to_json(turn) for turn in turns]
     columns: dict[str, Any] = {
         "tools": record.tools or None,
         "context": record.context,
         "expected": expected_text(record) or None,
     }
     columns |= {"references": list(record.references) or None, "group": record.group, "task": record.task}
-    return {"prompt": prompt, **{name: value for name, value in columns.items() if value is not None}}
+    return {
+        "prompt": prompt_value(record.messages[:-1]),
+        **{name: value for name, value in columns.items() if value is not None},
+    }
 
 
 def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, sampling: Sampling) -> Journal:

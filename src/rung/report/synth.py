@@ -96,7 +96,8 @@ def write_constitution_page(
         facts["same in both orders"] = f"{result.consistent:.0%}"
     for name, cost in result.costs.items():
         facts[f"{name}: requests"] = f"{cost.requests:,}" if cost.requests else ""
-        facts[f"{name}: tokens written"] = f"{cost.answer_tokens:,}" if cost.requests else ""
+        written = "not counted" if cost.uncounted else f"{cost.answer_tokens:,}"
+        facts[f"{name}: tokens written"] = written if cost.requests else ""
         facts[f"{name}: money"] = "" if cost.money is None else f"{cost.money:.4f}"
     facts["left out"] = ", ".join(f"{name} {count:,}" for name, count in result.rejected.items())
     is_distrusted = critic is not None and not critic.trusted
@@ -143,7 +144,8 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         return {"question": first["content"], "context": row.get("context"), "answers": answers, "source": source}
     question = row.get("question", row.get("prompt"))
     question = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
-    answers = [(name, row[name]) for name in ("answer", "chosen", "rejected") if name in row]
+    answers = [("before", made["before"])] if "before" in made else []
+    answers += [(name, row[name]) for name in ("answer", "chosen", "rejected") if name in row]
     return {"question": question, "context": row.get("context"), "answers": answers, "source": source}
 
 

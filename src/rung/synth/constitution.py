@@ -31,7 +31,7 @@ from rung.report.synth import write_constitution_page
 from rung.results import ConstitutionResult, CriticAgreement
 from rung.scoring.pairwise import Outcome
 from rung.synth.constitution_rows import (
-    answered_row,
+    helpful_row,
     preference_facts,
     preference_rows,
     rejected_rows,
@@ -171,7 +171,7 @@ class Constitution:
         if lost := len(missing) - len(written):
             print_status(f"{lost:,} helpful rows are left out: the teacher gave no whole answer")
         return [
-            answered_row(seed, seed.answer or written[id(seed)], {"kind": "helpful", "parents": [seed.source]})
+            helpful_row(seed, seed.answer or written[id(seed)])
             for seed in self.sources.helpful
             if seed.answer or id(seed) in written
         ]

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rung.data.messages import message_to_json
+from rung.data.rows import answer_row, columns_of, preference_row
 from rung.results import RevisionRound
 from rung.scoring.words import letter_tokens
 from rung.synth.feedback import LabeledPair
 from rung.synth.filters import Rejection, check_refusal
 from rung.synth.revisions import RevisedAnswer
 from rung.synth.sources import Seed
-from rung.types import Message
 
 
 def shown_revisions(answer: RevisedAnswer) -> dict[str, Any]:
@@ -41,23 +40,24 @@ def _reason(rejection: Rejection | None) -> dict[str, str]:
     return {} if rejection is None else {"left_out_by": rejection.filter, "reason": rejection.reason}
 
 
-def answered_row(seed: Seed, answer: str, made: dict[str, Any]) -> dict[str, Any]:
-    """A seed with an answer, in a format that `rung train` reads."""
-    context = {} if seed.context is None else {"context": seed.context}
-    group = {} if seed.record.group is None else {"group": seed.record.group}
-    if len(seed.turns) == 1:
-        return {"question": seed.question, **context, **group, "answer": answer, "made": made}
-    turns = (*seed.turns, Message("assistant", answer))
-    return {**context, **group, "messages": [message_to_json(turn) for turn in turns], "made": made}
+def helpful_row(seed: Seed, answer: str) -> dict[str, Any]:
+    """A row that is learned as it is."""
+    return _answered(seed, answer, {"kind": "helpful", "parents": [seed.source]})
+
+
+def _answered(seed: Seed, answer: str, made: dict[str, Any]) -> dict[str, Any]:
+    return {**answer_row(seed.turns, answer, **columns_of(seed.record)), "made": made}
 
 
 def revision_rows(answers: Iterable[RevisedAnswer]) -> Iterable[dict[str, Any]]:
     """A row for every revision."""
     for answer in answers:
+        before = answer.first
         for revision in answer.revisions:
             made: dict[str, Any] = {"kind": "revision", "number": answer.number, "round": revision.round}
-            made |= {"rule": revision.rule, "parents": [answer.seed.source]}
-            yield answered_row(answer.seed, revision.text, made)
+            made |= {"rule": revision.rule, "before": before, "parents": [answer.seed.source]}
+            before = revision.text
+            yield _answered(answer.seed, revision.text, made)
 
 
 def preference_rows(pairs: Iterable[LabeledPair]) -> Iterable[dict[str, Any]]:
@@ -67,15 +67,12 @@ def preference_rows(pairs: Iterable[LabeledPair]) -> Iterable[dict[str, Any]]:
             continue
         seed, is_first = pair.seed, pair.probability > 0.5
         chosen, rejected = (pair.first, pair.second) if is_first else (pair.second, pair.first)
-        prompt = seed.question if len(seed.turns) == 1 else [message_to_json(turn) for turn in seed.turns]
-        row: dict[str, Any] = {"prompt": prompt}
-        row |= {} if seed.context is None else {"context": seed.context}
-        row |= {} if seed.record.group is None else {"group": seed.record.group}
-        row |= {"chosen": chosen, "rejected": rejected}
         probability = round(max(pair.probability, 1.0 - pair.probability), 6)
+        columns = columns_of(seed.record)
         # a server that names one answer in both orders is certain: such a row is a hard label
-        row |= {"probability": probability} if probability < 1.0 else {}
-        yield {**row, "made": {"number": pair.number, "rule": pair.rule, "parents": [seed.source]}}
+        columns |= {"probability": probability if probability < 1.0 else None}
+        made = {"number": pair.number, "rule": pair.rule, "parents": [seed.source]}
+        yield {**preference_row(seed.turns, chosen, rejected, **columns), "made": made}
 
 
 def rejected_rows(outcome: Sequence[RevisedAnswer] | Sequence[LabeledPair]) -> Iterable[dict[str, Any]]:

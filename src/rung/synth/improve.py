@@ -23,8 +23,8 @@ import numpy as np
 from rung.config.io import config_to_dict
 from rung.config.synth import ImproveRunConfig
 from rung.console import print_status
-from rung.data.messages import message_to_json
 from rung.data.records import Records, distinct_conversations
+from rung.data.rows import answer_row, columns_of, preference_row
 from rung.errors import CheckpointError, DataError
 from rung.evaluation.prompting import PromptFormat
 from rung.files import SYNTH_FILE, is_run_folder, lock_file, recover_interrupted_writes, write_json_lines
@@ -50,7 +50,7 @@ from rung.runs.train import StartMode, train_on_data
 from rung.scoring.stats import paired_difference, pass_at_k, score_interval
 from rung.synth.answer_scores import ScoreAnswers, require_scorable, verifier_scorer
 from rung.training.run_folder import LOCK_FILE, LOCK_FILES, read_json, read_manifest, write_json
-from rung.types import CodeTests, Message, Record
+from rung.types import Message, Record
 
 HINT = "The answer is: {answer}\n\nExplain how one gets there, and end with the answer."
 """What stands behind a question for which no answer was accepted (Zelikman et al. 2022, section 3.3)."""
@@ -195,7 +195,10 @@ class Improvement:
                 failed = [q.record for q in sampled if not q.passed and q.record.answer]
                 hinted = self._sampled(model, failed, journal, number, _HINT, hint=True)
                 made += [(q.record, answer, True) for q in hinted for answer in q.kept(self.synth.per_question)]
-        rows = [{**_row(r, a), "made": {"round": number, "hint": hint}} for r, a, hint in made]
+        rows = []
+        for record, answer, hint in made:
+            row = answer_row(record.messages[:-1], answer, **columns_of(record))
+            rows.append({**row, "made": {"round": number, "hint": hint}})
         write_json_lines(folder / "rows.jsonl", rows)
         if self.synth.pairs:
             write_json_lines(folder / "pairs.jsonl", [row for q in sampled if (row := _pair(q)) is not None])
@@ -335,18 +338,6 @@ def _with_answer(record: Record, answer: str) -> Record:
     return replace(record, messages=(*record.messages[:-1], message), references=(), candidates=(), score=None)
 
 
-def _row(record: Record, answer: str) -> dict[str, Any]:
-    """A question with an answer, in a format that `rung train` reads."""
-    *turns, _ = record.messages
-    tests, tools = record.tests or CodeTests(""), json.loads(record.tools) if record.tools else None
-    further = {"context": record.context, "group": record.group, "task": record.task, "tools": tools}
-    further |= {"tests": tests.source or None, "test_setup": tests.setup or None}
-    further = {name: value for name, value in further.items() if value is not None}
-    if len(turns) == 1:
-        return {"question": turns[0].content, **further, "answer": answer}
-    return {"messages": [message_to_json(turn) for turn in (*turns, Message("assistant", answer))], **further}
-
-
 def _pair(sampled: SampledQuestion) -> dict[str, Any] | None:
     """The most frequent accepted and the most frequent other answer of a question; None without both."""
     # a cut answer is wrong for its length alone
@@ -356,10 +347,8 @@ def _pair(sampled: SampledQuestion) -> dict[str, Any] | None:
     chosen, rejected = sampled.kept(1), others.kept(1)
     if not chosen or not rejected:
         return None
-    row = _row(sampled.record, chosen[0])
-    prompt = row.pop("question") if "question" in row else row.pop("messages")[:-1]
-    row.pop("answer", None)
-    return {"prompt": prompt, **row, "chosen": chosen[0], "rejected": rejected[0]}
+    record = sampled.record
+    return preference_row(record.messages[:-1], chosen[0], rejected[0], **columns_of(record))
 
 
 def _shares(sampled: Sequence[SampledQuestion]) -> np.ndarray:

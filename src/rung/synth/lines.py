@@ -40,7 +40,9 @@ def _judge_lines(judge: JudgeAgreement | None) -> list[str]:
 def cost_lines(name: str, cost: SynthCost) -> list[str]:
     """Requests, tokens, time and money of one model."""
     tokens = f"{cost.prompt_tokens:,} tokens read and {cost.answer_tokens:,} written"
-    if cost.uncounted:
+    if cost.uncounted and not (cost.prompt_tokens or cost.answer_tokens):
+        tokens = "tokens that the server did not count"
+    elif cost.uncounted:
         tokens += f", without {cost.uncounted:,} replies whose tokens the server did not count"
     money = "" if cost.money is None else f", {cost.money:.4f} in money"
     lines = [f"{name}: {cost.requests:,} requests, {tokens}, {format_duration(cost.seconds)} of answering{money}"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rung.config.io import config_to_dict
 from rung.config.synth import TeachConfig, TeachRunConfig
 from rung.console import ProgressBar, print_status
-from rung.data.messages import message_to_json
+from rung.data.rows import answer_row, preference_row
 from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
@@ -24,7 +24,6 @@ from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
 from rung.synth.writer import journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
-from rung.types import Message
 
 
 def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
@@ -119,18 +118,10 @@ def rows_of(drafts: Iterable[Draft], config: TeachConfig) -> Iterable[dict[str, 
 
 
 def _columns(draft: Draft, config: TeachConfig) -> dict[str, Any]:
-    context = {} if draft.context is None else {"context": draft.context}
     answer = draft.answers[0]
     if config.makes.kind == "preferences":
-        return {"prompt": _prompt(draft.turns), **context, "chosen": answer, "rejected": draft.answers[-1]}
-    if len(draft.turns) > 1:
-        turns = (*draft.turns, Message("assistant", answer))
-        return {**context, "messages": [message_to_json(turn) for turn in turns]}
-    return {"question": draft.turns[0].content, **context, "answer": answer}
-
-
-def _prompt(turns: Sequence[Message]) -> Any:
-    return turns[0].content if len(turns) == 1 else [message_to_json(turn) for turn in turns]
+        return preference_row(draft.turns, answer, draft.answers[-1], context=draft.context)
+    return answer_row(draft.turns, answer, context=draft.context)
 
 
 def rejected_rows(drafts: Iterable[Draft]) -> Iterable[dict[str, Any]]:
