@@ -201,7 +201,7 @@ class Improvement:
             rows.append({**row, "made": {"round": number, "hint": hint}})
         write_json_lines(folder / "rows.jsonl", rows)
         if self.synth.pairs:
-            write_json_lines(folder / "pairs.jsonl", [row for q in sampled if (row := _pair(q)) is not None])
+            write_json_lines(folder / "pairs.jsonl", [pair for q in sampled if (pair := _pair(q)) is not None])
         return [_with_answer(record, answer) for record, answer, _ in made]
 
     def _sampled(
