@@ -29,7 +29,6 @@ from rung.evaluation.prompting import PromptFormat
 from rung.models.generate import Sampling, generate_by_task
 from rung.models.packing import pack
 from rung.models.policy import Policy, sum_by_document
-from rung.models.tree_attention import has_flat_kernel
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results import Estimate
 from rung.scoring.answer_rules import not_banned
@@ -309,8 +308,7 @@ def _answer_nats(
         examples.append(Example(ids, np.arange(len(ids)) >= len(prompt), record.source, task=record.task))
     budget = tokens_per_micro_batch(policy.base.shape, policy.device.type)
     nats_and_tokens: dict[Source, tuple[float, int]] = {}
-    share_prefixes = not has_flat_kernel(policy.device)
-    batches = pack(examples, budget, share_prefixes=share_prefixes, device=policy.device, boundary=policy.rope_boundary)
+    batches = pack(examples, budget, device=policy.device, boundary=policy.rope_boundary)
     for batch in policy.iterate_batches(batches):  # shared worked examples are computed once
         nats = sum_by_document(batch, -policy.logprobs(batch)).tolist()
         nats_and_tokens |= {d.source: (n, d.predictions) for d, n in zip(batch.documents, nats, strict=True)}

@@ -19,7 +19,6 @@ from scipy.stats import spearmanr
 from rung.models.document_values import values_by_document
 from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
-from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.reward import RewardObjective
 from rung.results import Estimate, RewardModelHealth
@@ -55,11 +54,8 @@ def score_reward_model(
     """Score held-out answers, grouped by row, and assess the scores."""
     differences, length_differences, clusters, probabilities = [], [], [], list[float]()
     scores, lengths = list[float](), list[int]()
-    share_prefixes = not has_flat_kernel(policy.device)
     # in slices: a preference set may be larger than memory
-    batches = pack_lazily(
-        examples, budget, share_prefixes=share_prefixes, device=policy.device, boundary=policy.rope_boundary
-    )
+    batches = pack_lazily(examples, budget, device=policy.device, boundary=policy.rope_boundary)
     for batch in policy.iterate_batches(batches):
         pairs, batch_scores = answer_pairs(batch), objective.scores(policy, batch).tolist()
         tokens = [int(d.supervised.sum()) for d in batch.documents]

@@ -13,7 +13,6 @@ import torch
 
 from rung.models.packing import pack
 from rung.models.policy import Policy
-from rung.models.tree_attention import has_flat_kernel
 from rung.types import Example, PackedBatch
 
 T = TypeVar("T")
@@ -34,11 +33,8 @@ def values_by_document(
     index_by_id = {id(document): i for i, document in enumerate(documents)}
     values: dict[int, T] = {}
     device = readers[0].device
-    share_prefixes = not has_flat_kernel(device)  # without gradient nothing distinguishes copies of a prefix
     token_budget = max(budget, *map(len, documents))
-    batches: Iterable[PackedBatch] = pack(
-        documents, token_budget, share_prefixes=share_prefixes, device=device, boundary=readers[0].rope_boundary
-    )
+    batches: Iterable[PackedBatch] = pack(documents, token_budget, device=device, boundary=readers[0].rope_boundary)
     for reader in readers:
         batches = reader.iterate_batches(batches)
     for batch in batches:

@@ -2,9 +2,8 @@
 
 On a processor all segments of a row are one autograd function, whose backward pass stores queries, keys, values,
 outputs and one number a query. It computes in float32 under bfloat16 autocast too: torch's kernel for bfloat16 takes up
-to three times as long for documents of 200 tokens. Rows without shared
-parts go to transformers' variable-length flash attention on CUDA if the kernel is installed: one launch per segment
-would leave a GPU idle. (The dispatch is tested; the kernel was not measured.) Called by `models/attention.py`.
+to three times as long for documents of 200 tokens. On a card of the last generations all segments of a row are one
+kernel call (`models.varlen_attention`): one launch per segment would leave it idle. Called by `models/attention.py`.
 
 Suffixes: H heads, K key/value heads, T tokens of the row, P prefix tokens, Q queries and S keys of one segment, D head
 width.
@@ -13,17 +12,15 @@ width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.utils import is_flash_attn_2_available
 
 from rung.models.matmul import wide_zeros
+from rung.models.varlen_attention import attend_varlen, has_varlen_kernel
 from rung.types import Segment
 
 KeysValues = tuple[Tensor, Tensor]
@@ -63,16 +60,16 @@ def attend_tree(
         dtype = torch.get_autocast_dtype(device)
         query_1HTD, key_1KTD, value_1KTD = query_1HTD.to(dtype), key_1KTD.to(dtype), value_1KTD.to(dtype)
     prefix = prefix and (prefix[0].to(key_1KTD.dtype), prefix[1].to(value_1KTD.dtype))
-    is_flat = prefix is None and all(s.parent is None for s in segments)
-    if is_flat and has_flat_kernel(query_1HTD.device) and query_1HTD.dtype in (torch.bfloat16, torch.float16):
-        return _attend_flat(query_1HTD, key_1KTD, value_1KTD, tuple(segments), params)
+    if params.softcap is None and not params.dropout and has_varlen_kernel(query_1HTD, value_1KTD):
+        return attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, prefix, params.scaling, params.window)
     same_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the CPU kernel requires it
     if _on_processor(query_1HTD.device) and params.softcap is None and not params.dropout and same_width:
         tensors = (query_1HTD, key_1KTD, value_1KTD, *(prefix or (None, None)))
         return _FlashTree.apply(tuple(segments), params, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    # The general path: softcap, dropout, unequal widths, or trees on another device.
+    # The general path, one launch a segment: softcap, dropout, unequal widths, or a device without a kernel for rows.
     keys, values = SplitKV(key_1KTD, prefix and prefix[0]), SplitKV(value_1KTD, prefix and prefix[1])
-    if not is_flat and torch.is_grad_enabled():
+    is_shared = prefix is not None or any(s.parent is not None for s in segments)
+    if is_shared and torch.is_grad_enabled():
         keys, values = keys.widened(), values.widened()
     groups, dtype = query_1HTD.shape[1] // key_1KTD.shape[1], query_1HTD.dtype
     outputs = []
@@ -85,31 +82,6 @@ def attend_tree(
 def _on_processor(device: torch.device) -> bool:
     """Whether `_FlashTree` runs: its kernel is torch's for processors. A test takes the other path."""
     return device.type == "cpu"
-
-
-def has_flat_kernel(device: torch.device) -> bool:
-    """Whether rows without shared parts run in one kernel launch; packing then unrolls its trees."""
-    return device.type == "cuda" and bool(is_flash_attn_2_available())
-
-
-def _attend_flat(
-    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, segments: tuple[Segment, ...], params: AttentionParams
-) -> Tensor:
-    lengths, max_length = _cumulative_lengths(segments, query_1HTD.device)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-    options: dict[str, Any] = {"is_causal": True, "attn_implementation": "flash_attention_2"}
-    options |= {"dropout": params.dropout, "softmax_scale": params.scaling}
-    options |= {"softcap": params.softcap, "sliding_window": params.window, "query_length": query.shape[1]}
-    options |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
-    options |= {"max_length_q": max_length, "max_length_k": max_length}
-    return flash_utils._flash_attention_forward(query, key, value, None, **options)  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=8)
-def _cumulative_lengths(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
-    """Cumulative lengths of the documents, and the longest. Cached, because all layers of a row ask for the same."""
-    ends = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=device)
-    return ends, max(s.end - s.start for s in segments)
 
 
 # One function for the whole row: autograd would store repeated keys and values for every segment.

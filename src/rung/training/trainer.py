@@ -28,7 +28,6 @@ from rung.models.layers import layers_of, lowest_trainable_layer
 from rung.models.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
-from rung.models.tree_attention import has_flat_kernel
 from rung.objectives.protocol import Objective
 from rung.planning.memory import CPU_DOCUMENT_BYTES, layers_to_recompute
 from rung.training import checkpoint, fsdp
@@ -306,11 +305,8 @@ class Trainer:
         sharding = "layers are gathered for whole documents" if self.world.sharded else None
         if blocker := sharding or self.method.prefix_sharing_blocker():
             print_status(f"no shared prefixes: {blocker}")
-        elif has_flat_kernel(self.policy.device):
-            print_status("variable-length flash attention knows no trees: shared prefixes are unrolled")
-        else:
-            return True
-        return False
+            return False
+        return True
 
     def _repeats_rows(self, train: Sequence[Row]) -> bool:
         """Whether some row comes more than once, so that what is computed for it can be kept."""
