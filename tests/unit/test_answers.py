@@ -406,3 +406,34 @@ def test_final_texts() -> None:
         "y",
         "x",
     ]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "14 - 4 = 10, 10 + 6 = 16",
+        "14 - 4 = 10; 10 + 6 = 16",
+        "14 - 4 = 10 and 10 + 6 = 16.",
+        "14 - 4 = 10\n10 + 6 = 16",
+        "14 - 4 = 10\n10 + 6\n= 16",
+        "14 - 4 = 10,\n10 + 6 = 16;",
+        "14 - 4 = 10\n\n16",
+        "x = 14 - 4 = 10\ny = 10 + 6 = 16",
+        "So 14 - 4 = 10, 10 + 6 = 16.",
+        "$14 - $4 = $10, $10 + $6 = $16",
+        r"\(14 - 4 = 10\), \(10 + 6 = 16\)",
+        "1,004 - 1,000 = 4, 4 * 4 = 16",
+    ],
+)
+def test_a_calculation_in_steps_states_its_last_result(steps: str) -> None:
+    """Each was read as a list of equations, which equals no number."""
+    assert numeric(steps, "16") == 1.0 and numeric(steps, "10") == numeric(steps, "17") == 0.0
+    if not steps.startswith("So"):  # of an expected sentence both results count
+        assert numeric("9 + 7 = 16", steps) == numeric("16", steps) == 1.0 and numeric("10, 16", steps) == 0.0
+
+
+@pytest.mark.parametrize(
+    "several", ["x = 4, y = 16", "10, 16", "10\n16", "14 - 4 = 10, 16", "x = 4\ny = 16", "10 = 10, 16 = 16"]
+)
+def test_several_values_are_no_steps(several: str) -> None:
+    assert numeric(several, "16") == 0.0 and numeric(several, several) == 1.0

@@ -250,7 +250,7 @@ def test_a_text_with_words_never_normalizes_to_nothing(text: str) -> None:
 
 
 def test_the_table_names_what_it_holds() -> None:
-    assert list(METRICS) == ["exact", "normalized", "numeric", "math", "token_f1", "rouge_l"]
+    assert list(METRICS) == ["exact", "normalized", "numeric", "math", "token_f1", "rouge_l", "not_refused"]
     assert all(metric.function.__name__ == name and metric.function.__doc__ for name, metric in METRICS.items())
 
 

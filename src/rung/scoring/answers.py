@@ -362,6 +362,9 @@ def _read_whole(text: str) -> Value | None:
 def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth: int = 0) -> Value:
     """The value of mathematics: an equation's right side, several values, a range, a number, or the text itself."""
     texts = [token.text for token in tokens]
+    if is_whole and "=" in texts:
+        tokens = _last_step(tokens, plain)
+        texts = [token.text for token in tokens]
     if is_whole and "=" in texts and (right := _right_side(tokens)):
         return _parse(right, plain)
     parts, separators = _split(tokens, SEPARATORS | {"and", "or"})
@@ -374,6 +377,36 @@ def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth
             kind = texts[0] + "".join(sorted(set(separators))) + texts[-1]
             return Compound(kind, tuple(_parse(part, plain, depth=depth + 1) for part in parts if part))
     return _range(tokens, plain) or _number(tokens, plain) or Expression(joined(tokens))
+
+
+def _last_step(tokens: Sequence[Token], plain: str) -> Sequence[Token]:
+    """Of a calculation in steps, `9 - 5 = 4, 4 + 2 = 6` or one step a line, the last; other tokens as they are.
+
+    `x = 4, y = 6` states two values. Behind steps on lines of their own a last line may be the result alone.
+    """
+    lines: list[list[Token]] = [[]]
+    for i, token in enumerate(tokens):
+        # an equation may go on in the next line
+        if i and "\n" in plain[tokens[i - 1].end : token.start] and token.text != "=":
+            lines.append([])
+        lines[-1].append(token)
+    *before, last = lines
+    if before and not all(_are_steps(line) for line in before):
+        return tokens
+    parts = [part for part in _split(last, SEPARATORS | {"and", "or"})[0] if part]
+    return parts[-1] if parts and _are_steps(last) else last
+
+
+def _are_steps(line: Sequence[Token]) -> bool:
+    """Whether each part of a line computes something: `9 - 5 = 4`, `x = 9 - 5 = 4`."""
+    parts = [part for part in _split(line, SEPARATORS | {"and", "or"})[0] if part]
+    return bool(parts) and all(map(_is_step, parts))
+
+
+def _is_step(tokens: Sequence[Token]) -> bool:
+    first, *sides = _split(tokens, {"="}, nested=True)[0]
+    sides = sides if first and _is_name(first) else [first, *sides]
+    return len(sides) > 1 and len(sides[0]) > 1 and all(map(_is_arithmetic, sides))
 
 
 def _right_side(tokens: Sequence[Token]) -> Sequence[Token] | None:
