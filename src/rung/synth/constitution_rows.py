@@ -10,7 +10,7 @@ import numpy as np
 from rung.data.rows import answer_row, columns_of, preference_row
 from rung.results import RevisionRound
 from rung.scoring.words import letter_tokens
-from rung.synth.feedback import LabeledPair
+from rung.synth.feedback import PROBABILITY_DIGITS, LabeledPair
 from rung.synth.filters import Rejection, check_refusal
 from rung.synth.revisions import RevisedAnswer
 from rung.synth.sources import Seed
@@ -67,7 +67,7 @@ def preference_rows(pairs: Iterable[LabeledPair]) -> Iterable[dict[str, Any]]:
             continue
         seed, is_first = pair.seed, pair.probability > 0.5
         chosen, rejected = (pair.first, pair.second) if is_first else (pair.second, pair.first)
-        probability = round(max(pair.probability, 1.0 - pair.probability), 6)
+        probability = round(max(pair.probability, 1.0 - pair.probability), PROBABILITY_DIGITS)
         columns = columns_of(seed.record)
         # a server that names one answer in both orders is certain: such a row is a hard label
         columns |= {"probability": probability if probability < 1.0 else None}

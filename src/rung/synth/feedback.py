@@ -27,6 +27,10 @@ from rung.synth.writer import Writer
 from rung.types import Message
 
 
+PROBABILITY_DIGITS = 6
+"""Digits of a probability in a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabeledPair:
     """Two answers to a seed, and the probability that the first one follows the rule better."""
@@ -165,7 +169,7 @@ def _labeled(
         rejection = None
         if np.isnan(mean):
             rejection = Rejection("unreadable", "the critic names neither answer")
-        elif mean == 0.5:
+        elif round(mean, PROBABILITY_DIGITS) == 0.5:
             rejection = Rejection("tie", "the critic has no preference over both orders")
         probability = float(np.clip(mean, low, high))
         labeled = replace(pair, rule=rule.rule, by_order=(as_first, as_second), probability=probability)
