@@ -26,7 +26,6 @@ from rung.synth.sources import Seed
 from rung.synth.writer import Writer
 from rung.types import Message
 
-
 PROBABILITY_DIGITS = 6
 """Digits of a probability in a row."""
 
