@@ -26,6 +26,7 @@ from rung.console import print_status
 from rung.errors import CheckpointError, GateError, RungError
 from rung.files import find_damage, reporting_write_errors, write_folder
 from rung.training.optimizer import OptimizerState
+from rung.training.random_state import generator_states, restore_generators
 from rung.training.run_folder import read_json
 
 REFERENCE_FILE = "reference.safetensors"
@@ -37,7 +38,8 @@ class ResumePoint:
 
     progress: Mapping[str, Any]
     """The fields of `Progress`, with the states of objective and method."""
-    rng_state: Tensor
+    generators: Mapping[str, Tensor]
+    """States of the random generators."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class CheckpointWriter:
 
     def keep_resume_point(self) -> None:
         """Keep what a checkpoint needs if the next step fails. Called between windows of rows only."""
-        self.resume_point = ResumePoint(dict(self.read_progress()), torch.get_rng_state())
+        self.resume_point = ResumePoint(dict(self.read_progress()), generator_states(self.state.device))
 
     def begin_update(self) -> None:
         """From here on the weights are no longer those of the last resume point."""
@@ -115,7 +117,7 @@ class CheckpointWriter:
             remedy = f"the newest checkpoint is {newest.name}" if newest else NO_CHECKPOINT
             print_status(f"an error after step {step}: {remedy}")
             return
-        torch.set_rng_state(point.rng_state)
+        restore_generators(point.generators, self.state.device)
         try:
             self.write(self._path(point.progress), point.progress)
         except RungError as error:

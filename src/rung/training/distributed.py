@@ -96,14 +96,16 @@ class World:
         if self.size == 1:
             return [value]
         # JSON, not all_gather_object: nothing is pickled (a test forbids it), and repr of a float is exact
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        # in the host's memory, so that gloo carries it: NCCL would wait for the card twice, and a peer that is lost
+        # raises nothing there
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _translating_peer_errors():
-            distributed.all_gather(lengths, torch.tensor([len(payload)], device=self.device))
+            distributed.all_gather(lengths, torch.tensor([len(payload)]))
         # all_gather takes tensors of one size: pad to the longest message
         longest = max(int(length) for length in lengths)
         padded = torch.nn.functional.pad(payload, (0, longest - len(payload)))
-        buffers = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        buffers = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         with _translating_peer_errors():
             distributed.all_gather(buffers, padded)
         messages = (buffer[: int(length)] for buffer, length in zip(buffers, lengths, strict=True))
@@ -136,7 +138,8 @@ class World:
         """Sum gradients over ranks. A parameter without a gradient on all ranks keeps None, so it does not decay."""
         if self.size == 1:
             return
-        gradient_counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        # in the host's memory: the counts are read at once
+        gradient_counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         self.sum_tensors([gradient_counts])
         with_gradient = [p for p, count in zip(parameters, gradient_counts.tolist(), strict=True) if count]
         for p in with_gradient:
@@ -217,7 +220,7 @@ def join_process_group() -> Iterator[World]:
         torch.cuda.set_device(device)
     console.quiet = rank > 0  # one rank prints
     with _translating_peer_errors():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PEER_TIMEOUT)
+        distributed.init_process_group(**_backends(device), timeout=PEER_TIMEOUT)
     try:
         world = World(rank, distributed.get_world_size(), device=device)
         # a wrong group would train on the wrong share of the rows and still look healthy
@@ -233,6 +236,11 @@ def join_process_group() -> Iterator[World]:
     finally:
         console.quiet = False
         distributed.destroy_process_group()
+
+
+def _backends(device: torch.device) -> dict[str, Any]:
+    """Gloo carries what is in the host's memory, NCCL what is on cards."""
+    return {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -28,6 +28,7 @@ from rung.methods.protocol import TrainableSet, require_same_tensors
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.fsdp import digests, local_rows, local_tensor
 from rung.training.memory_use import return_freed_memory
+from rung.training.random_state import CARD_STATE, CPU_STATE, generator_states, restore_generators
 
 NamedParameters = Mapping[str, nn.Parameter]
 
@@ -140,6 +141,11 @@ class OptimizerState:
         for parameter in (*self.parameters().values(), *self._local_shards.values()):
             parameter.grad = None  # not zeros: freed, and AdamW skips the parameter
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters().values())).device
+
     def release(self) -> None:
         """Free gradients and moments after the last step: writing the result needs memory of its own."""
         self.zero_grad()
@@ -184,7 +190,7 @@ class OptimizerState:
         save_file(_cpu_tensors(weights), folder / WEIGHTS)
         names_by_id = {id(parameter): name for name, parameter in local_parameters.items()}
         # by index as in torch's own state dict: the groups of a resumed run are built in the same order
-        moments: dict[str, Tensor] = {"rng": torch.get_rng_state()} if is_rank0 else {}
+        moments: dict[str, Tensor] = generator_states(self.device) if is_rank0 else {}
         for index, parameter in enumerate(_numbered_parameters(self.optimizer)):
             is_sharded = names_by_id[id(parameter)] in self.rows
             for name, value in self.optimizer.state.get(parameter, {}).items():
@@ -208,11 +214,12 @@ class OptimizerState:
         """Restore what `save` wrote, also with another number of ranks."""
         self.load_weights(folder)
         stored = _CheckpointTensors(folder, MOMENTS)
-        torch.set_rng_state(stored.read("rng"))
+        states = {name: stored.read(name) for name in stored.names() & {CPU_STATE, CARD_STATE}}
+        restore_generators(states, self.device)
         parameters, names = _numbered_parameters(self.optimizer), {id(p): n for n, p in self.local_parameters.items()}
         for parameter in parameters:
             self.optimizer.state[parameter] = {}
-        for key in sorted(stored.names() - {"rng"}):
+        for key in sorted(stored.names() - states.keys()):
             index, name = key.split(".", 1)
             parameter = parameters[int(index)]
             rows = self.rows.get(names[id(parameter)]) if stored.shape(key) else None
@@ -262,7 +269,12 @@ class _CheckpointTensors:
 
 
 def _squared_norm(parameters: Iterable[nn.Parameter]) -> float:
-    return sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
+    # one read of the device for all of them, without copies in float64
+    norms = torch._foreach_norm(gradients, 2, torch.float64)
+    return float(torch.stack(norms).square().sum())
 
 
 def _cpu_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
