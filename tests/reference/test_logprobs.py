@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rung.models.logprobs import LogitTransform, TileSize, token_logprobs
+from rung.models.logprobs import CARD_TILE, TILE, LogitTransform, TileSize, tile_of, token_logprobs
+from rung.planning.memory import CARD_TILE_LOGITS, TILE_LOGITS
 from tolerances import FLOAT64
 
 MAPS = [
@@ -112,3 +113,8 @@ def test_tiles_of_a_trainable_head_add_up_in_float32_on_bfloat16_states() -> Non
         gradients.append([states.grad, copy.weight.grad, copy.bias.grad])
     for exact, ours in zip(*gradients, strict=True):
         assert float((ours.double() - exact).norm() / exact.norm()) < 2.0**-8
+
+
+def test_a_card_has_larger_tiles_and_the_plan_counts_them() -> None:
+    assert tile_of(torch.device("cpu")) is TILE and tile_of(torch.device("cuda")) is CARD_TILE
+    assert (TILE.entries * TILE.columns, CARD_TILE.entries * CARD_TILE.columns) == (TILE_LOGITS, CARD_TILE_LOGITS)

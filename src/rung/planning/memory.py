@@ -49,6 +49,8 @@ PREFILL_TOKENS = 16_384
 """Prompt tokens that decoding encodes at once: long prompts run in smaller batches, so that memory does not grow."""
 TILE_LOGITS = 512 * 2048
 """Logits in one tile of the head, as in `models/logprobs.py`."""
+CARD_TILE_LOGITS = 2048 * 16_384
+"""The same on a card."""
 NF4_BYTES = 0.5 + 1 / 64
 """Bytes per weight of a 4-bit base: half a byte, and a one-byte scale for 64 weights (Dettmers et al. 2023)."""
 NF4_FLOAT_SCALES_BYTES = 0.5 + 4 / 64
@@ -400,7 +402,8 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
         gradients = max(0, gradients - activations)
     # Temporaries of one layer at a time; the allocator uses the same memory for the next layer.
     scratch = width * tokens * (4 * shape.mlp + 4 * shape.width)
-    head = 3 * width * shape.width * micro_batch.supervised_tokens + 3 * 4 * TILE_LOGITS
+    head = 3 * width * shape.width * micro_batch.supervised_tokens
+    head += 3 * 4 * (CARD_TILE_LOGITS if micro_batch.device == "cuda" else TILE_LOGITS)
     # Gradients of the head, of the embeddings, and their sum if both are one matrix.
     head += {"full": 3 if shape.tied else 2, "head": 1}.get(method.kind, 0) * 4 * shape.embedding_parameters
     share = _fragmentation(config, shape, micro_batch)
