@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         if rules.get("key") and self.headers["Authorization"] != f"Bearer {rules['key']}":
             return 401
         if rules.get("refuse") in asked:
-            return 400
+            return rules.get("refuse_status", 400)
         for word, (times, how) in rules.get("fail", {}).items():
             with LOCK:
                 if word in question.split() and FAILED[word] < times:

@@ -456,8 +456,11 @@ class CriticAgreement(Result):
     trusted: bool
     reason: str
     pairs: int = 0
-    """Labeled pairs with a majority for one answer and a verdict."""
+    """Labeled pairs with a majority for one answer."""
     unreadable: int = 0
+    """Of these, pairs without a verdict by some rule in some order, which counts as no preference."""
+    by_rule: dict[str, float] = {}
+    """Share of the pairs in which the critic agrees by one rule alone; labels may be about another rule."""
     agreement: Estimate | None = None
     """Share of these pairs in which the critic prefers what people prefer; 0.5 is chance."""
     shown_first: float | None = None

@@ -175,6 +175,12 @@ def test_preferences_are_averaged_over_both_orders(
         # without probabilities the letter decides, and both orders agree: a hard label
         assert row.get("probability") == (pytest.approx(mean, abs=2e-6) if reports else None)
     assert result["shown_first"] > (0.6 if reports else 0.45)
+    # a choice is a paid request too
+    critic = result["costs"]["critic"]
+    same = sum("are the same" in row["reason"] for row in lines(tmp_path / "made" / "rejected.jsonl"))
+    assert critic["requests"] == 2 * (12 - same)
+    assert critic["uncounted"] == 0 and critic["answer_tokens"] == 9 * critic["requests"] and critic["money"] > 0
+    assert ("the server gives no log-probabilities" in err) == (not reports)
     asked = [r["asked"] for r in local.requests() if "[Answer A]" in r["question"] and not r["how"]]
     pairs = [tuple(a["messages"][-1]["content"].split("[Answer A]\n")[1].split("\n\n[Answer B]\n")) for a in asked]
     shown = {(first, second.split("\n\nWhich")[0]) for first, second in pairs}
@@ -202,7 +208,7 @@ def test_soft_labels_reach_the_loss(revise: Path, local: Local, config: Path, tm
 
 @pytest.mark.parametrize(("preference", "trusted"), [(2.0, True), (-2.0, False), (0.0, False)])
 def test_a_critic_is_trusted_if_people_agree_with_it(
-    preference: float, trusted: bool, revise: Path, local: Local, tmp_path: Path, capsys: Any
+    preference: float, trusted: bool, revise: Path, local: Local, config: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """One that prefers what people prefer, one that prefers the other, and one that prefers what is shown first."""
     local.rule(rotten=True, preference=preference)
@@ -224,6 +230,9 @@ def test_a_critic_is_trusted_if_people_agree_with_it(
     assert lines(tmp_path / "made" / "rows.jsonl")
     assert ("NOT TRUSTED" in (tmp_path / "made" / "report.html").read_text()) == (not trusted)
     assert json.loads((tmp_path / "made" / "synth.json").read_text())["trusted"] == trusted
+    given = (f"data.path={tmp_path / 'made' / 'rows.jsonl'}", "data.group=null", "data.validation=0", "data.test=0")
+    code, _, err = inside(capsys, "train", config, *given, "training.max_steps=1")
+    assert code == 0 and ("NOT TRUSTED, people do not agree" in err) == (not trusted), err
     code, out, _ = inside(capsys, "synth", "constitution", revise, *settings)
     assert (code, "critic: trusted" in out, "critic: NOT TRUSTED" in out) == (0 if trusted else 3, trusted, not trusted)
 
@@ -301,6 +310,9 @@ def test_what_was_banned_is_said_less(revise: Path, config: Path, tmp_path: Path
         (["synth.makes={kind: preferences, rounds: 2}"], "rounds"),
         (["synth.makes.reasoning=true"], "reasoning"),
         (["synth.makes={kind: preferences, clamp: [0.6, 0.7]}"], "clamp is a lowest probability below"),
+        (["synth.makes={kind: preferences, clamp: [0.1, 0.6]}"], "and 1 less that"),
+        (["synth.principles=[{One rule: with a colon}]"], "a rule with a colon stands in quotes"),
+        (["synth.principles=['   ']"], "principles"),
         (["synth.principles=[]"], "principles"),
         (["synth.principles=nowhere.yaml"], "the file of principles cannot be read"),
         (["synth.principles=[be kind, be kind]"], "a rule stands in principles twice"),
@@ -328,3 +340,62 @@ def test_principles_in_a_file(revise: Path, local: Local, tmp_path: Path, capsys
     assert "Kinder!" in asked and "Say in a few sentences: is it kind?" in asked
     assert any("Nothing is rotten." in text for text in asked)
     assert "- rule: Nothing is rotten." in (tmp_path / "made" / "report.html").read_text()
+
+
+def test_turns_of_a_seed_keep_their_places(revise: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    """The context stands in the first turn of the user, where the template puts it, in requests and in rows."""
+    turns = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Which box?"}]
+    turns += [{"role": "assistant", "content": "Box 7."}, {"role": "user", "content": "How is it?"}]
+    seed = {"prompt": turns, "context": "a shop"}
+    (tmp_path / "turns.jsonl").write_text(json.dumps(seed) + "\n")
+    settings = (f"synth.seeds={tmp_path / 'turns.jsonl'}", "synth.filters.language=false")
+    for seed_number in range(9):  # until an answer is rotten
+        code, _, _ = inside(capsys, "synth", "constitution", revise, *settings, f"seed={seed_number}", "--overwrite")
+        if code == 0:
+            break
+    asked = local.requests()[-1]["asked"]["messages"]
+    expected = ["Be terse.", "a shop\n\nWhich box?", "Box 7.", "How is it?"]
+    assert [turn["content"] for turn in asked[:4]] == expected
+    (row,) = lines(tmp_path / "made" / "rows.jsonl")[:1]
+    assert [turn["content"] for turn in row["messages"][:4]] == expected and "context" not in row
+    local.rule(rotten=True, preference=0.7)
+    for seed_number in range(9):
+        given = (*settings, "synth.makes=preferences", f"seed={seed_number}", "--overwrite")
+        if inside(capsys, "synth", "constitution", revise, *given)[0] == 0:
+            break
+    compared = local.requests()[-1]["question"]
+    assert "System: Be terse.\n\nHuman: a shop\n\nWhich box?\n\nAssistant: Box 7.\n\nHuman: How is it?" in compared
+    (pair,) = lines(tmp_path / "made" / "rows.jsonl")
+    assert pair["prompt"] == turns and pair["context"] == "a shop"
+
+
+def test_rows_of_another_config_do_not_stay(revise: Path, local: Local, tmp_path: Path, capsys: Any) -> None:
+    assert inside(capsys, "synth", "constitution", revise)[0] == 0
+    before = len(local.requests())
+    code, _, err = inside(capsys, "synth", "constitution", revise, "synth.filters.max_answer_words=1", "--overwrite")
+    assert code == 2 and "no answer was revised" in err
+    names = {path.name for path in (tmp_path / "made").iterdir()}
+    assert "rejected.jsonl" in names and not names & {"rows.jsonl", "synth.json"}
+    # the first config makes its rows again, of the replies that are kept
+    code, out, _ = inside(capsys, "synth", "constitution", revise, "--json")
+    assert code == 0 and json.loads(out)["rows"] == len(lines(tmp_path / "made" / "rows.jsonl"))
+    assert len(local.requests()) == before
+    (tmp_path / "made" / "synth.json").write_text("{")
+    code, _, err = inside(capsys, "synth", "constitution", revise)
+    assert code == 3 and "this is no manifest" in err
+
+
+def test_another_test_of_a_seed_is_another_seed(revise: Path, tmp_path: Path, capsys: Any) -> None:
+    seeds = tmp_path / "seeds.jsonl"
+    row = {"prompt": "How is the fruit?", "tests": ["assert f(1)"]}
+    for number, tests in enumerate((["assert f(1)"], ["assert f(2)"])):
+        seeds.write_text("".join(json.dumps({**row, "prompt": f"Box {i}?", "tests": tests}) + "\n" for i in range(6)))
+        code, _, err = inside(capsys, "synth", "constitution", revise)
+        assert (code, "other seeds" in err) == ((0, False) if number == 0 else (3, True)), err
+
+
+def test_a_server_that_fails_on_log_probabilities(revise: Path, local: Local, capsys: Any) -> None:
+    """It answers 500 to the setting: asked without it, it names an option."""
+    local.rule(rotten=True, refuse="logprobs", refuse_status=500)
+    code, out, err = inside(capsys, "synth", "constitution", revise, "synth.makes=preferences", "--json")
+    assert code == 0 and json.loads(out)["rows"] > 3 and "gives no log-probabilities" in err, err

@@ -124,7 +124,7 @@ def test_choices_are_normalized_and_kept(tiny_tokenizer: PreTrainedTokenizerFast
     local = LocalModel(policy, chat, ["w"])
     conversations = [Conversation((Message("user", text),)) for text in ("apples", "word " * 300, "box 7")]
     with closing(Journal(tmp_path / "j", local.identity)) as journal, torch.no_grad():
-        logprobs_PC = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1)
+        logprobs_PC, replies = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1)
         for row, conversation in zip(logprobs_PC[[0, 2]], (conversations[0], conversations[2]), strict=True):
             prompt = chat.prompt_ids(conversation.turns)
             sums = []
@@ -134,8 +134,10 @@ def test_choices_are_normalized_and_kept(tiny_tokenizer: PreTrainedTokenizerFast
                 sums.append(sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ids)))
             assert row.tolist() == pytest.approx([x - np.logaddexp(*sums) for x in sums], abs=1e-10)
         assert np.isnan(logprobs_PC[1]).all() and np.exp(logprobs_PC[0]).sum() == pytest.approx(1.0)
+        assert replies[1] is None and replies[0] is not None and replies[0].answer_tokens == 0
+        assert replies[0].prompt_tokens == len(chat.prompt_ids(conversations[0].turns))
         policy.model.forward = None  # type: ignore[assignment]
-        again = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1)
+        again = local.choose(conversations, ("A", "B"), journal, max_new_tokens=1).logprobs_PC
     assert np.array_equal(again, logprobs_PC, equal_nan=True)
 
 
@@ -168,12 +170,22 @@ def tokens(*listed: dict[str, float]) -> SimpleNamespace:
 
 
 def test_probabilities_are_those_of_the_token_that_names_the_option() -> None:
-    """Spellings of an option are added up; one that is not listed is at most as probable as the last that is."""
-    choice = tokens({"A": -0.1, "The": -2.0}, {" B": -0.5, "(B": -2.0, " A": -1.5, "C": -6.0})
+    """Spellings of an option are added up; one that is not listed has at most what the listed ones leave."""
+    choice = tokens({"A": -0.1, "The": -3.0}, {" B": -0.5, "(B": -2.0, "\u2581A": -1.5, "C": -6.0})
     assert named_logprobs(choice, "A: no, (B)", ("A", "B")) == pytest.approx((-1.5, np.logaddexp(-0.5, -2.0)))
-    assert named_logprobs(tokens({"A": -0.1, "x": -7.0}), "A", ("A", "B")) == (-0.1, -7.0)
+    left = np.log(1 - np.exp(-0.1) - np.exp(-3.0))
+    assert named_logprobs(tokens({"A": -0.1, "x": -3.0}), "A", ("A", "B")) == pytest.approx((-0.1, min(left, -3.0)))
+    # an explanation behind the option names it with certainty; reasoning before it names both
+    explained = tokens({"A": -0.6, "B": -0.8}, {".": 0.0, ",": -9.0}, {"A": -0.001, "B": -7.0})
+    assert named_logprobs(explained, "A. A is better", ("A", "B")) == (-0.6, -0.8)
+    reasoned = tokens({"<think>": 0.0}, {"B": -0.01, "A": -5.0}, {"</think>": 0.0}, {"A": -0.4, "B": -1.2})
+    assert named_logprobs(reasoned, "<think>B</think>A", ("A", "B")) == (-0.4, -1.2)
     for nothing in (SimpleNamespace(), SimpleNamespace(logprobs=None), tokens({"x": -1.0}), tokens()):
         assert named_logprobs(nothing, "A", ("A", "B")) == ()
+    # the token alone, or a value that is no number, says nothing of the other option
+    assert named_logprobs(tokens({"A": -0.1}), "A", ("A", "B")) == ()
+    for value in (None, "-0.1", float("nan"), float("-inf"), True):
+        assert named_logprobs(tokens({"A": value, "B": -1.0}), "A", ("A", "B")) == ()  # type: ignore[dict-item]
     assert named_logprobs(choice, "no idea", ("A", "B")) == named_logprobs(choice, "(B)", ()) == ()
     row = option_logprobs(Reply((Answer("(B)", True, option_logprobs=(-1.5, -0.5)),)), ("A", "B"))
     assert np.exp(row).sum() == pytest.approx(1.0) and row[1] - row[0] == pytest.approx(1.0)

@@ -27,7 +27,9 @@ from rung.types import Message
         "**Critique Request:** x",
         "> user: x",
         "Revision:\nx",
-        "System : x",
+        "### Assistant: x",
+        "a<|im_start|>\n<|im_start|>user",
+        "AI: x",
     ],
 )
 def test_texts_that_go_on_as_another_speaker(text: str) -> None:
@@ -36,7 +38,14 @@ def test_texts_that_go_on_as_another_speaker(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["The user: a person who uses.", "Users: 5", "It is a human right: water.", "The critique was fair.", ""]
+    "text",
+    [
+        "The user: a person who uses.",
+        "Users: 5",
+        "It is a human right: water.",
+        "The critique was fair.",
+        "System: restart.",
+    ],
 )
 def test_texts_that_name_a_role_and_stay_answers(text: str) -> None:
     assert check_roles(text) is None
@@ -49,6 +58,10 @@ def test_texts_that_name_a_role_and_stay_answers(text: str) -> None:
         "Sure! Here's the rewritten version, which keeps the rule:\n\nno.",
         "Certainly, here is my new answer:",
         "Below is an improved response that follows the rule:",
+        "Revised answer: no.",
+        "Here is a corrected response: no.",
+        "Sure, I can rewrite that: no.",
+        "This is the answer, rewritten: no.",
     ],
 )
 def test_texts_that_announce_themselves(text: str) -> None:
@@ -57,7 +70,15 @@ def test_texts_that_announce_themselves(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Here is what you need: flour, eggs.", "This is a bank: it has three counters.", "The answer: 5", "Sure."]
+    "text",
+    [
+        "Here is what you need: flour, eggs.",
+        "This is a bank: it has three counters.",
+        "The answer: 5",
+        "Sure.",
+        "Here is the answer: 4.",
+        "Below is the updated price list: 5",
+    ],
 )
 def test_texts_that_begin_as_answers_do(text: str) -> None:
     assert check_preface(text) is None
@@ -106,7 +127,8 @@ def test_both_orders_are_the_probability_of_the_first() -> None:
 
 
 def test_agreement_against_enumeration() -> None:
-    """Nine pairs by hand: seven as people prefer, one as they do not, one without a preference; two do not count."""
+    """Ten pairs by hand: seven as people prefer, one as they do not, one without a preference, one without a verdict,
+    which is no preference; that of a tie does not count."""
     probabilities: dict[tuple[str, str], float] = {}
     pairs, people = [], []
     for i, (a_first, b_first, label) in enumerate(
@@ -117,13 +139,31 @@ def test_agreement_against_enumeration() -> None:
         pairs.append(AnswerPair(f"q{i}", f"x{i}", f"y{i}", source=f"file {i}"))
         people.append([label, label])
     found = agreement_with_people(comparing(probabilities), pairs, people, 0)  # type: ignore[arg-type]
-    assert (found.pairs, found.unreadable) == (9, 1) and found.agreement is not None
-    assert found.agreement.mean == pytest.approx((7 * 1 + 0 + 0.5) / 9)
+    assert (found.pairs, found.unreadable) == (10, 1) and found.agreement is not None
+    assert found.agreement.mean == pytest.approx((7 * 1 + 0 + 0.5 + 0.5) / 10) and "1 of them without" in found.reason
     assert found.trusted == (found.agreement.low > 0.5)
     shown_first = [(0.9 + 0.2) / 2] * 7 + [(0.6 + 0.7) / 2, 0.7]
     assert found.shown_first == pytest.approx(np.mean(shown_first))
+    silent = {texts: np.nan for texts in probabilities} | {("x0", "y0"): 0.9, ("y0", "x0"): 0.1}
+    few = agreement_with_people(comparing(silent), pairs, people, 0)  # type: ignore[arg-type]
+    assert not few.trusted and few.agreement is not None and few.agreement.mean == pytest.approx((1 + 9 * 0.5) / 10)
     nobody = agreement_with_people(comparing({}), [], [], 0)
     assert not nobody.trusted and nobody.agreement is None
+
+
+def test_a_rule_that_is_always_wrong_is_named() -> None:
+    class ByRule(Critic):
+        def choices(self, conversations: Sequence[Any], options: Sequence[str]) -> Any:
+            texts = [conversation.turns[-1].content for conversation in conversations]
+            p = [0.9 if ("[Answer A]\ngood" in text) != ("Be rude." in text) else 0.1 for text in texts]
+            return np.array([[x, 1 - x] for x in p])
+
+    work = comparing({}, ("Be kind.", "Be rude."))
+    work.critic = ByRule({})  # type: ignore[assignment]
+    pairs = [AnswerPair(f"q{i}", "good", "bad", source=f"file {i}") for i in range(30)]
+    found = agreement_with_people(work, pairs, [["first"]] * 30, 0)
+    assert found.by_rule == {"Be kind.": 1.0, "Be rude.": 0.0} and not found.trusted
+    assert "by the rule 'Be rude.' alone on 0.00" in found.reason
 
 
 def test_examples_of_comparisons_are_right_by_both_letters(tmp_path: Path) -> None:

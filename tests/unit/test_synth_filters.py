@@ -70,11 +70,11 @@ def test_near_duplicates_are_found_by_exact_similarity() -> None:
 
 
 def test_lengths_are_words() -> None:
-    filters = FiltersConfig(max_words=5, max_answer_words=2)
+    filters = FiltersConfig(max_words=5)
     assert check_length("one two three", filters) is None and check_length("one two", filters) is not None
     assert check_length("1 2 3 4 5 6", filters) is not None
-    assert check_answer_length("a b", filters) is None and check_answer_length("a b c", filters) is not None
-    assert check_answer_length("a " * 999, FiltersConfig()) is None
+    assert check_answer_length("a b", 2) is None and check_answer_length("a b c", 2) is not None
+    assert check_answer_length("a " * 999, None) is None
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,13 @@ def test_lengths_are_words() -> None:
         *("I don't have access to the filing.", "I must respectfully decline.", "I won't write this."),
         *("I'm just an AI model and can't do that", "Unfortunately, I won't be able to help with that."),
         *("I apologize, but I cannot assist with this request.", "Sorry, I can't help you there."),
+        *(
+            "I can't recommend that.",
+            "I cannot advise you on this.",
+            "I'm unable to suggest a fund.",
+            "I'm sorry, I can't.",
+        ),
+        *("Sorry, but no.", "As an assistant, I can't do this.", "I'm not comfortable helping with that."),
     ],
 )
 def test_refusals(text: str) -> None:
@@ -105,6 +112,7 @@ def test_refusals(text: str) -> None:
         *("Not disclosed", "He was sorry that the pears were gone.", "The company cannot pay its debt.", "No.", ""),
         *("I'm sorry to hear that your parcel is late. We will send a new one.", "I am very sorry for your loss."),
         *("I am afraid of spiders.", "I don't have access to a car.", "I cannot stress this enough: read it."),
+        *("I can't do better than the previous answer: 42", "No, but I can tell you the price.", "No"),
         *("The AI market grew by 5%.", "I can help with that: add the two numbers.", "42 " * 80 + "I cannot help"),
     ],
 )

@@ -81,8 +81,8 @@ class PreferencesConfig(Config):
         return self.clamp or ((0.4, 0.6) if self.reasoning else (0.0, 1.0))
 
     def _check(self) -> None:
-        if self.clamp is not None and not self.clamp[0] < 0.5 < self.clamp[1]:
-            raise ValueError("clamp is a lowest probability below 0.5 and a highest one above it")
+        if self.clamp is not None and not (self.clamp[0] < 0.5 and abs(sum(self.clamp) - 1.0) < 1e-9):
+            raise ValueError("clamp is a lowest probability below 0.5, and 1 less that: [0.4, 0.6]")
 
 
 class ConstitutionConfig(Config):
@@ -125,7 +125,9 @@ class ConstitutionConfig(Config):
             principles = _principles_of(Path(principles).expanduser())
         if not isinstance(principles, list | tuple):
             raise ValueError("principles is a list of rules, or a YAML file with one")
-        return [{"rule": p} if isinstance(p, str) else p for p in principles]
+        if colon := next((p for p in principles if isinstance(p, dict) and not {"rule", *p} <= _PRINCIPLE), None):
+            raise ValueError(f"a rule with a colon stands in quotes: {next(iter(colon))!r}")
+        return [{"rule": p.strip()} if isinstance(p, str) else p for p in principles]
 
     @field_validator("makes", mode="before")
     @classmethod
@@ -137,6 +139,9 @@ class ConstitutionConfig(Config):
     def _check(self) -> None:
         if len({principle.rule for principle in self.principles}) < len(self.principles):
             raise ValueError("a rule stands in principles twice")
+
+
+_PRINCIPLE = {"rule", "critique", "revision", "comparison"}
 
 
 def _principles_of(file: Path) -> Any:

@@ -520,3 +520,12 @@ class ChatTemplate:
 def with_context(context: str, question: str) -> str:
     """A question preceded by its context."""
     return f"{context}\n\n{question}"
+
+
+def turns_with_context(turns: Sequence[Message], context: str | None) -> list[Message]:
+    """Turns with the context before the first one of a user, where the template puts it."""
+    turns = list(turns)
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if context is not None and first is not None:
+        turns[first] = replace(turns[first], content=with_context(context, turns[first].content))
+    return turns

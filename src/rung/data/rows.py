@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rung.data.chat import turns_with_context
 from rung.data.messages import message_to_json
 from rung.types import CodeTests, Message, Record
 
@@ -18,11 +19,15 @@ def prompt_value(turns: Sequence[Message]) -> str | list[dict[str, Any]]:
 
 
 def answer_row(turns: Sequence[Message], answer: str, **columns: Any) -> dict[str, Any]:
-    """A row that ends in an answer: `question` and `answer`, or `messages`; columns without a value are left out."""
+    """A row that ends in an answer: `question` and `answer`, or `messages`; columns without a value are left out.
+
+    The format `messages` has no column for a context, which stands in the first turn of the user there.
+    """
     prompt, further = prompt_value(turns), _present(columns)
     if isinstance(prompt, str):
         return {"question": prompt, **further, "answer": answer}
-    return {**further, "messages": [*prompt, message_to_json(Message("assistant", answer))]}
+    spoken = [*turns_with_context(turns, further.pop("context", None)), Message("assistant", answer)]
+    return {**further, "messages": [message_to_json(turn) for turn in spoken]}
 
 
 def preference_row(turns: Sequence[Message], chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:

@@ -96,6 +96,15 @@ class Replies(NamedTuple):
     failures: list[FailedRequest]
 
 
+class Choices(NamedTuple):
+    """What was chosen among C options in P conversations, and what it took."""
+
+    logprobs_PC: NDArray[np.float64]
+    """Log p(option | conversation) in nats, normalized over the options; NaN where nothing can be read."""
+    replies: list[Reply | None]
+    """What was read and written for each conversation; None for those that failed."""
+
+
 class AnswerModel(Protocol):
     """A model that can be asked."""
 
@@ -129,10 +138,10 @@ class AnswerModel(Protocol):
         *,
         max_new_tokens: int,
         title: str | None = "choose",
-    ) -> NDArray[np.float64]:
-        """Log p(option | conversation) in nats, normalized over the options, [P, C] for P conversations, C options.
+    ) -> Choices:
+        """The probabilities of the options as the answer to each conversation.
 
-        A row is NaN where nothing can be read. A model in this process computes the probabilities and writes nothing; a
+        A model in this process computes the probabilities and writes nothing; a
         server writes `max_new_tokens` at most, and gives probability 1 to what it names where it reports none.
         """
 

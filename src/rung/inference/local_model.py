@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rung.console import ProgressBar, print_status
 from rung.data.chat import ChatTemplate
 from rung.errors import RungError
-from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
+from rung.inference.ask import Answer, Choices, Conversation, FailedRequest, Replies, Reply, chunk_seed
 from rung.inference.choose import PROMPTS_PER_UPDATE, choose
 from rung.inference.journal import Journal, request_key
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
@@ -82,24 +81,29 @@ class LocalModel:
         *,
         max_new_tokens: int,
         title: str | None = "choose",
-    ) -> NDArray[np.float64]:
-        """Log p(option | conversation) in nats, normalized over the options, [P, C]; NaN where none has room."""
+    ) -> Choices:
+        """Log-probabilities of the options as answers, normalized over them; NaN where none has room."""
         ids = [self.chat.encode([option], mid_document=True)[0] for option in options]
         # the options take the place of an answer
         prompts, _ = self._prompts(conversations, max(map(len, ids)))
         places, logprobs_PC = list(prompts), np.full((len(conversations), len(options)), np.nan)
+        replies: list[Reply | None] = [None] * len(conversations)
         with ProgressBar(title, len(places)) as bar:
             for start in range(0, len(places), PROMPTS_PER_UPDATE):
                 part = places[start : start + PROMPTS_PER_UPDATE]
                 key = request_key([prompts[i] for i in part], ids)
-                if (rows := journal.get(key)) is None:
+                if (stored := journal.get(key)) is None:
+                    start_time = time.perf_counter()
                     rows = choose(self.policy, [prompts[i] for i in part], ids).tolist()
-                    journal.add(key, rows)
-                logprobs_PC[part] = rows
+                    stored = {"rows": rows, "seconds": round(time.perf_counter() - start_time, 3)}
+                    journal.add(key, stored)
+                logprobs_PC[part] = stored["rows"]
+                for i in part:
+                    replies[i] = Reply((), len(prompts[i]), 0, stored["seconds"] / len(part))
                 bar.advance(len(part))
         known = ~np.isnan(logprobs_PC).any(axis=1)
         logprobs_PC[known] -= np.logaddexp.reduce(logprobs_PC[known], axis=1, keepdims=True)
-        return logprobs_PC
+        return Choices(logprobs_PC, replies)
 
     def _parsed(self, answer: GeneratedAnswer) -> Answer:
         options: Any = {"stopped": answer.stopped, "stop_texts": self.stop_texts}

@@ -25,12 +25,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rung.console import ProgressBar, print_status, visible
 from rung.data.messages import message_to_json
 from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.inference.ask import Answer, Conversation, FailedRequest, Replies, Reply, chunk_seed
+from rung.inference.ask import Answer, Choices, Conversation, FailedRequest, Replies, Reply, chunk_seed
 from rung.inference.journal import Journal, request_key
 from rung.inference.options import named_logprobs, option_logprobs
 from rung.models.generate import Sampling
@@ -59,6 +58,7 @@ SENT_HEADERS = frozenset(
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 TOP_LOGPROBS = 20
 """Most probable tokens that a server is asked for where an option is chosen: the most that OpenAI's API gives."""
+KEPT_HINT = "the answers so far are kept: the same command continues, of training with --resume"
 QUEUED_PER_WORKER = 4
 """Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
@@ -108,24 +108,32 @@ class Server:
         *,
         max_new_tokens: int,
         title: str | None = "choose",
-    ) -> NDArray[np.float64]:
-        """Log p(option | conversation) in nats, normalized over the options, [P, C] for P conversations, C options.
+    ) -> Choices:
+        """Log-probabilities of the token with which the server names an option, normalized over the options.
 
-        They are those of the token with which the server names an option. A server without log-probabilities is asked
-        again without them, and then the option that it names has all of the probability. NaN where it names none.
+        A server without log-probabilities is asked again without them, and then the option that it names has all of the
+        probability. NaN where it names none.
         """
         # temperature 0: the probabilities are those of the token, whatever is drawn
         sampling = Sampling(max_new_tokens)
         plain = [_chat_request(conversation, 0, sampling) for conversation in conversations]
         requests = [{**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS} for request in plain]
         settings: dict[str, Any] = {"keep_failures": True, "options": tuple(options)}
-        replies, failures = self._send(requests, journal, title=title, **settings)
-        failed = [failure.index for failure in failures]
-        again, _ = self._send([plain[i] for i in failed], journal, title=None, **settings)
-        for i, reply in zip(failed, again, strict=True):
-            replies[i] = reply
+        replies: list[Reply | None]
+        try:
+            replies, failures = self._send(requests, journal, title=title, **settings)
+            failed = [failure.index for failure in failures]
+        except CheckpointError:
+            # some servers answer 500 to a setting that they do not know; one that is down fails again
+            replies, failed = [None] * len(plain), list(range(len(plain)))
+        if failed:
+            again, _ = self._send([plain[i] for i in failed], journal, title=None, **settings)
+            for i, reply in zip(failed, again, strict=True):
+                replies[i] = reply
+            if any(reply is not None for reply in again):
+                print_status("the server gives no log-probabilities: the option that it names gets all of them")
         rows = [option_logprobs(reply, options) for reply in replies]
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(options))
+        return Choices(np.array(rows, dtype=np.float64).reshape(len(rows), len(options)), replies)
 
     def _send(
         self,
@@ -201,7 +209,7 @@ def _answer_concurrently(
             reasons[key] = str(error)
             errors_in_a_row = errors_in_a_row + 1 if error.is_of_server else 0
             if errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
-                hint = "the answers so far are kept: the same command continues"
+                hint = KEPT_HINT
                 raise CheckpointError(f"the server fails: {error}", where=server.url, hint=hint) from None
         else:
             errors_in_a_row = 0
@@ -274,7 +282,7 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
         raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
     except openai.APIConnectionError as error:  # a timeout is one, too
         summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
-        hint = "the answers so far are kept: the same command continues"
+        hint = KEPT_HINT
         raise CheckpointError(summary, where=server.url, hint=hint) from None
     except openai.APIStatusError as error:
         if 300 <= error.status_code < 400:
@@ -283,7 +291,7 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
             raise ConfigError(summary, where=server.url, given=target, hint=hint) from None
         if error.status_code in OUTAGE_STATUSES:
             summary = f"the server answers nobody, after {server.retries} further tries: {clean(error)}"
-            hint = "the answers so far are kept: the same command continues"
+            hint = KEPT_HINT
             raise CheckpointError(summary, where=server.url, given=error.status_code, hint=hint) from None
         reason, is_of_server = f"{type(error).__name__}: {clean(error)}", error.status_code >= 500
         raise _RefusedError(reason, is_of_server=is_of_server) from None

@@ -14,6 +14,8 @@ import numpy as np
 
 from rung.inference.ask import Answer, Reply, without_reasoning
 
+_IN_BRACKETS = re.compile(r"[(\[]\s*\w{1,3}\s*[)\]]")
+
 
 def named_option(text: str, options: Sequence[str]) -> str | None:
     """The option that a text names: the last one in brackets, or else the only one that stands as a word in it."""
@@ -25,36 +27,54 @@ def named_option(text: str, options: Sequence[str]) -> str | None:
 
 
 def named_logprobs(choice: Any, text: str, options: tuple[str, ...]) -> tuple[float, ...]:
-    """Log-probabilities of the options at the last token that names the chosen one; empty without them."""
-    named = named_option(without_reasoning(Answer(text, stopped=True)).text, options) if options else None
+    """Log-probabilities of the options at the token that names the chosen one; empty where they cannot be told.
+
+    That is the last such token of an answer in brackets, else the first one behind the reasoning: what follows it is an
+    explanation, in which the option is certain.
+    """
+    answer = without_reasoning(Answer(text, stopped=True)).text
+    named = named_option(answer, options) if options else None
     tokens = getattr(getattr(choice, "logprobs", None), "content", None)
     if named is None or not isinstance(tokens, list):
         return ()
-    for token in reversed(tokens):
-        if _mark_of(token) != named:
-            continue
-        alternatives = getattr(token, "top_logprobs", None)
-        listed = [(_mark_of(other), _logprob(other)) for other in (alternatives or [token])]
-        known = [value for _, value in listed if math.isfinite(value)]
-        if not known:
-            return ()
-        # an option that is not listed is at most as probable as the last one that is
-        return tuple(
-            float(np.logaddexp.reduce([value for mark, value in listed if mark == option] or [min(known)]))
-            for option in options
-        )
-    return ()
+    naming = [token for token in _behind_reasoning(tokens) if _mark_of(token) == named]
+    if not naming:
+        return ()
+    alternatives = getattr(naming[-1 if _IN_BRACKETS.search(answer) else 0], "top_logprobs", None)
+    listed = [(_mark_of(other), _logprob(other)) for other in alternatives] if isinstance(alternatives, list) else []
+    # the chosen token alone says nothing of the others
+    if len(listed) < 2 or not all(math.isfinite(value) for _, value in listed) or named not in dict(listed):
+        return ()
+    values = [value for _, value in listed]
+    # an option that is not listed has at most what the listed tokens leave, and no more than the last of them
+    rest = math.log(max(1.0 - sum(map(math.exp, values)), 1e-12))
+    unlisted = min(rest, *values)
+    return tuple(
+        float(np.logaddexp.reduce([value for mark, value in listed if mark == option] or [unlisted]))
+        for option in options
+    )
+
+
+def _behind_reasoning(tokens: Sequence[Any]) -> Sequence[Any]:
+    """The tokens behind the last end of reasoning in tags."""
+    text, ends = "", 0
+    for number, token in enumerate(tokens, start=1):
+        text = (text + str(getattr(token, "token", "")))[-20:]
+        if "</think>" in text and (number == 1 or text.rstrip().endswith(">")):
+            ends = number
+    return tokens[ends:]
 
 
 def _mark_of(token: Any) -> str:
     """The text of a token without the space, bracket or star before or behind an option."""
     text = getattr(token, "token", None)
-    return text.strip(" \n\t()[]*\"'.:") if isinstance(text, str) else ""
+    # vocabularies write the space before a token as one of these characters
+    return text.strip(" \u2581\u0120\n\t()[]*\"'.:") if isinstance(text, str) else ""
 
 
 def _logprob(token: Any) -> float:
     value = getattr(token, "logprob", None)
-    return float(value) if isinstance(value, int | float) else -math.inf
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def option_logprobs(reply: Reply | None, options: Sequence[str]) -> list[float]:

@@ -71,6 +71,8 @@ def read_splits(config: RunConfig) -> Splits:
     if CODE in config.evaluation.metrics:
         require_tests(chain(splits.validation, splits.test), "evaluation.metrics")
     for loaded in (*splits.notes["sets"], *splits.notes["held_out_files"].values()):
+        if loaded.get("made_by", {}).get("trusted") is False:
+            print_status(f"{loaded['path']}: NOT TRUSTED, people do not agree with the critic that made these rows")
         for token, answers in loaded.get("removed_end_tokens", {}).items():
             print_status(f"{loaded['path']}: {answers:,} answers ended in {token}, which is removed")
     return splits

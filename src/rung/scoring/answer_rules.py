@@ -14,14 +14,17 @@ _OPENING = (
 )
 """What may stand before a refusal."""
 _ACTIONS = (
-    "help assist answer provide comply do fulfil fulfill discuss create write continue engage support share generate "
-    "produce offer give access browse open see determine tell"
-).replace(" ", "|")
+    "help assist answer provide comply fulfil fulfill discuss create write continue engage support share generate "
+    "produce offer give access browse open see determine tell recommend advise suggest"
+).replace(" ", "|") + "|do(?! better)"
 _REFUSALS = re.compile(
     _OPENING + r"(?:as an? (?:ai|(?:large )?language model)\b"
     r"|i(?:['’]m| am) (?:just |only )?an? (?:ai|language model)\b"
-    rf"|i (?:can(?:no|['’])t|can not|could not|won['’]t|will not) (?:be able to )?(?:{_ACTIONS})\b"
-    rf"|i(?:['’]m| am) (?:not able|unable|not allowed) to (?:{_ACTIONS})\b"
+    rf"|(?:as an assistant,? )?i (?:can(?:no|['’])t|can not|could not|won['’]t|will not)"
+    rf"(?:\s(?:be able to )?(?:{_ACTIONS})\b|[.!]|$)"
+    rf"|i(?:['’]m| am) (?:not able|unable|not allowed) to (?:{_ACTIONS})\b|i(?:['’]m| am) not comfortable\b"
+    # `no` alone is an answer
+    r"|no(?<=sorry, but no)\b"
     r"|i must (?:respectfully )?(?:decline|refuse)|i (?:do not|don['’]t) know\b"
     r"|i (?:do not|don['’]t) have (?:(?:enough|any|sufficient) (?:information|context|data)|information"
     r"|access to (?:the|that|this|your|any|real|external|current)))",

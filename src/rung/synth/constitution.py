@@ -7,29 +7,21 @@ often agree with people no more than chance does, and their rows then say NOT TR
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import cached_property, partial
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rung.config.constitution import ConstitutionConfig, ConstitutionRunConfig, PreferencesConfig, RevisionsConfig
+from rung.config.constitution import ConstitutionRunConfig, PreferencesConfig, RevisionsConfig
 from rung.config.io import config_to_dict
 from rung.console import ProgressBar, print_status
-from rung.data.messages import message_to_json
 from rung.errors import DataError
-from rung.evaluation.judge import AnswerPair, read_human_labels
 from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel, Conversation
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_constitution_page
 from rung.results import ConstitutionResult, CriticAgreement
-from rung.scoring.pairwise import Outcome
 from rung.synth.constitution_rows import (
     helpful_row,
     preference_facts,
@@ -40,63 +32,17 @@ from rung.synth.constitution_rows import (
     shown_pair,
     shown_revisions,
 )
+from rung.synth.constitution_sources import ConstitutionSources
 from rung.synth.feedback import Comparing, LabeledPair, agreement_with_people, label_pairs
-from rung.synth.filters import LeakFilter, check_incomplete
-from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, kept_result
-from rung.synth.principles import Transcripts, dialogue
+from rung.synth.filters import check_incomplete
+from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, forget_rows, kept_result
+from rung.synth.principles import dialogue
 from rung.synth.revisions import RevisedAnswer, Revising
-from rung.synth.sources import Seed, read_records, read_seeds
 from rung.synth.writer import Writer, journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
 
 _HELPFUL_STAGE = 10**6
 """Part of the seed of helpful answers: no round of revisions has this number."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the files of a config hold."""
-
-    seeds: Sequence[Seed]
-    helpful: Sequence[Seed]
-    transcripts: Transcripts
-    labeled: Sequence[AnswerPair]
-    """Pairs that people compared."""
-    people: Sequence[Sequence[Outcome | None]]
-
-    @staticmethod
-    def read(config: ConstitutionConfig, seed: int) -> Sources:
-        """Read and check all files. Raises `DataError` for rows that cannot be used."""
-        helpful: list[Seed] = []
-        makes, critiques = config.makes, False
-        with_answers = isinstance(makes, RevisionsConfig) and makes.answers == "seeds"
-        seeds = read_seeds(config.seeds, with_answers=with_answers, where="synth.seeds")
-        if isinstance(makes, RevisionsConfig):
-            critiques = makes.critiques
-            if makes.helpful is not None:
-                helpful = read_seeds(makes.helpful, with_answers=False, where="synth.makes.helpful")
-        never = LeakFilter(record for path in config.never for record in read_records(path, "synth.never"))
-        for row in (*seeds, *helpful):
-            if (leak := never.check(row.record)) is not None:
-                hint = "take the row out: its question would be among the rows"
-                raise DataError("a row asks what synth.never names", where=row.source, given=leak.reason, hint=hint)
-        # files are often sorted, and a part of them may be enough; a preview has the first ones
-        order = np.random.default_rng([seed, 8]).permutation(len(seeds))[: config.limit]
-        seeds = [seeds[int(i)] for i in order]
-        transcripts = Transcripts.read(config.transcripts, config.principles, critiques=critiques)
-        labeled, people = read_human_labels(config.human_labels) if config.human_labels else ([], [])
-        return Sources(seeds, helpful, transcripts, labeled, people)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that requests and rows are made of."""
-        rows = [
-            [[message_to_json(turn) for turn in s.record.messages], s.context] for s in (*self.seeds, *self.helpful)
-        ]
-        examples = [*self.transcripts.revisions, *self.transcripts.comparisons]
-        pairs = [[pair.question, pair.context, pair.first, pair.second, pair.group] for pair in self.labeled]
-        content = [rows, len(self.seeds), examples, pairs, list(map(list, self.people))]
-        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Constitution:
@@ -105,7 +51,7 @@ class Constitution:
     def __init__(
         self,
         config: ConstitutionRunConfig,
-        sources: Sources,
+        sources: ConstitutionSources,
         journal_of: Callable[[AnswerModel], Path],
         stack: ExitStack,
     ) -> None:
@@ -114,8 +60,8 @@ class Constitution:
         teacher_config, critic_config = self.synth.teacher, self.synth.critic or self.synth.teacher
         teacher = open_writer(teacher_config)
         # one model for both, unless another one is named or it ends its answers by other texts
-        same = (teacher_config.model, teacher_config.server, teacher_config.stop)
-        is_same = same == (critic_config.model, critic_config.server, critic_config.stop)
+        names = {"model", "server", "stop", "concurrency"}
+        is_same = teacher_config.model_dump(include=names) == critic_config.model_dump(include=names)
         critic = teacher if is_same else open_writer(critic_config)
         journals: dict[Path, Journal] = {}
 
@@ -145,9 +91,7 @@ class Constitution:
             def show(done: int, revisions: int) -> None:
                 bar.advance(done - bar.done, revisions=f"{revisions:,}")
 
-            transcripts = self.sources.transcripts
-            revising = Revising(self.synth, makes, self.sources.seeds, writers, transcripts, self.config.seed, show)
-            return revising.run()
+            return Revising(self.synth, makes, self.sources, writers, self.config.seed, show).run()
 
     def labeled(self, makes: PreferencesConfig) -> list[LabeledPair]:
         """The pairs of answers to all seeds with their probabilities."""
@@ -156,7 +100,7 @@ class Constitution:
             def show(done: int, pairs: int) -> None:
                 bar.advance(done - bar.done, pairs=f"{pairs:,}")
 
-            return label_pairs(self.comparing, makes, self.teacher, self.sources.seeds, show)
+            return label_pairs(self.comparing, makes, self.teacher, self.sources, show)
 
     def helpful(self) -> list[dict[str, Any]]:
         """Rows that are added unrevised; the teacher answers those without an answer."""
@@ -184,13 +128,14 @@ def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> C
     another config unless `overwrite` is set, which keeps the journals: what was answered is not asked again.
     """
     folder = Path(config.output)
-    finished, sources = finished_manifest(folder), Sources.read(config.synth, config.seed)
+    finished, sources = finished_manifest(folder), ConstitutionSources.read(config.synth, config.seed)
     about = {"config": config_to_dict(config), "sources": sources.fingerprint}
     if (result := kept_result(folder, finished, about, overwrite=overwrite)) is not None:
         return ConstitutionResult(**result)
     with ExitStack() as stack:
         work = Constitution(config, sources, partial(journal_path, folder), stack)
         recover_interrupted_writes(folder)  # under the locks of the journals
+        forget_rows(folder)
         try:
             agreement = work.agreement()
             makes = config.synth.makes
@@ -210,7 +155,7 @@ def preview(config: ConstitutionRunConfig, seeds: int) -> list[dict[str, Any]]:
     """
     most = min(seeds, config.synth.limit or seeds)
     config = config.model_copy(update={"synth": config.synth.model_copy(update={"limit": most})})
-    sources = Sources.read(config.synth, config.seed)
+    sources = ConstitutionSources.read(config.synth, config.seed)
     # a file for each config: two previews of one model may run at the same time
     name = f"{request_key(config_to_dict(config))}.jsonl"
     with ExitStack() as stack:

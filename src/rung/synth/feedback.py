@@ -19,6 +19,7 @@ from rung.inference.ask import Answer, Conversation
 from rung.results import CriticAgreement
 from rung.scoring.pairwise import Outcome, majority
 from rung.scoring.stats import score_interval
+from rung.synth.constitution_sources import ConstitutionSources
 from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
 from rung.synth.principles import CHOICE, OPTIONS, REASONS, Compared, Transcripts, dialogue
 from rung.synth.revisions import SEEDS_PER_ROUND, check_roles
@@ -99,23 +100,21 @@ def label_pairs(
     comparing: Comparing,
     makes: PreferencesConfig,
     teacher: Writer,
-    seeds: Sequence[Seed],
+    sources: ConstitutionSources,
     on_round: Callable[[int, int], None],
 ) -> list[LabeledPair]:
     """Sample pairs of answers to every seed, and compare each by a rule that is drawn for it.
 
     `on_round` receives the numbers of seeds and of labeled pairs so far.
     """
-    config, labeled = comparing.config, list[LabeledPair]()
-    texts = [text for s in seeds for text in (s.question, s.answer)]
-    language = LanguageFilter(texts) if config.filters.language else None
+    config, labeled, seeds = comparing.config, list[LabeledPair](), sources.seeds
     per_seed = makes.pairs_per_question
     for start in range(0, len(seeds), SEEDS_PER_ROUND):
         part = seeds[start : start + SEEDS_PER_ROUND]
         asked = [Conversation(tuple(dialogue(seed.turns, seed.context, "")[:-1])) for seed in part]
         replies = teacher.answers(asked, [comparing.seed, 0, start], samples=2 * per_seed)
         pairs = [
-            _sampled_pair(config, (start + i) * per_seed + k, part[i], reply, k, language)
+            _sampled_pair(config, (start + i) * per_seed + k, part[i], reply, k, sources.language)
             for i, reply in enumerate(replies)
             for k in range(per_seed)
         ]
@@ -193,19 +192,27 @@ def agreement_with_people(
     ]
     rules = [rule for rule in principles for _ in compared]
     by_order = comparing.probabilities(compared * len(principles), rules, (2, 0)) if compared else np.empty((0, 2))
-    # [rules, pairs]: a pair counts where every rule gave a verdict in both orders
-    means = by_order.mean(axis=1).reshape(len(principles), -1).mean(axis=0)
-    readable = [k for k in range(len(usable)) if not np.isnan(means[k])]
-    unreadable = len(usable) - len(readable)
-    if not readable:
+    by_rule = by_order.mean(axis=1).reshape(len(principles), -1)  # [rules, pairs]
+    unreadable = int(np.isnan(by_rule).any(axis=0).sum())
+    if not usable or np.isnan(by_rule).all():
         reason = "none of the labeled pairs has a majority for one answer and a verdict"
         return CriticAgreement(trusted=False, reason=reason, pairs=0, unreadable=unreadable)
-    agrees = [_agreement(float(means[k]), str(majorities[usable[k]])) for k in readable]
-    clusters = [labeled[usable[k]].cluster for k in readable]
-    share = score_interval(agrees, clusters, seed=seed)
+    # no verdict is no preference: left out, the pairs that are easy to judge would decide alone
+    known = np.where(np.isnan(by_rule), 0.5, by_rule)
+    labels = [str(majorities[i]) for i in usable]
+    agrees = [_agreement(float(mean), label) for mean, label in zip(known.mean(axis=0), labels, strict=True)]
+    share = score_interval(agrees, [labeled[i].cluster for i in usable], seed=seed)
+    shares = {
+        rule.rule: float(np.mean([_agreement(float(p), label) for p, label in zip(row, labels, strict=True)]))
+        for rule, row in zip(principles, known, strict=True)
+    }
     trusted = share.low > 0.5
     reason = f"it agrees with people on {share.mean:.2f} [{share.low:.2f}, {share.high:.2f}] of {len(agrees)} pairs"
     reason += "" if trusted else ", where chance is 0.50"
+    reason += f"; {unreadable:,} of them without a verdict by every rule" if unreadable else ""
+    worst = min(shares, key=shares.__getitem__)
+    if len(shares) > 1 and shares[worst] <= 0.5:
+        reason += f"; by the rule {worst!r} alone on {shares[worst]:.2f}"
     shown_first = (by_order[:, 0] + 1.0 - by_order[:, 1]) / 2
     return CriticAgreement(
         trusted=trusted,
@@ -213,6 +220,7 @@ def agreement_with_people(
         pairs=len(agrees),
         unreadable=unreadable,
         agreement=share,
+        by_rule=shares,
         shown_first=float(np.nanmean(shown_first)),
     )
 

@@ -232,7 +232,8 @@ class LanguageFilter:
         words = Counter(word for text in seeds for word in letter_tokens(text))
         self.stop_words = frozenset(word for word, _ in words.most_common(STOP_WORDS) if word.isalpha())
         self.mean_share = sum(words[word] for word in self.stop_words) / max(1, words.total())
-        self.has_profile = len(words) >= MIN_DISTINCT_WORDS
+        # numbers vary where a template does not: they tell no language
+        self.has_profile = sum(word.isalpha() for word in words) >= MIN_DISTINCT_WORDS
         shares = [share for text in seeds if (share := self._share(text)) is not None]
         lowest = float(np.quantile(shares, SEEDS_LEFT_OUT)) if shares else 0.0
         self.least_share = min(STOP_WORD_SHARE * self.mean_share, lowest)

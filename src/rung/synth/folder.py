@@ -29,13 +29,23 @@ def digest(file: Path) -> str | None:
 def finished_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished folder. Raises `CheckpointError` for a folder of something else."""
     if (folder / SYNTH_FILE).exists():
-        return read_json(folder / SYNTH_FILE)
+        try:
+            return read_json(folder / SYNTH_FILE)
+        except ValueError as error:
+            hint = "remove it: the replies stay in the journal"
+            raise CheckpointError(f"this is no manifest: {error}", where=str(folder / SYNTH_FILE), hint=hint) from None
     if folder.is_file():
         raise CheckpointError("this is a file", where=str(folder), hint="name another output=...")
     # with a journal: a command that was stopped, whatever it had written
     if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(JOURNAL_PATTERN)):
         raise CheckpointError("this folder holds something else", where=str(folder), hint="name another output=...")
     return None
+
+
+def forget_rows(folder: Path) -> None:
+    """Remove rows of another config before new ones are made: what ends without rows leaves no others there."""
+    for name in (SYNTH_FILE, ROWS_FILE, REJECTED_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def kept_result(

@@ -7,11 +7,11 @@ section 3.1). The texts are part of the result: another word gives other rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rung.config.constitution import PrincipleConfig
-from rung.data.chat import with_context
+from rung.data.chat import turns_with_context
 from rung.data.read import RejectedRow, stream_rows
 from rung.errors import DataError
 from rung.inference.ask import Conversation
@@ -27,17 +27,24 @@ CHOICE = "Which answer is better? Reply with A or B and nothing else."
 OPTIONS = ("A", "B")
 """A: the answer that is shown first is better; B: the one that is shown second."""
 _REVISED = ("rule", "question", "answer", "revision")
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 _COMPARED = ("rule", "question", "first", "second", "better")
 
 
 def critique_request(rule: PrincipleConfig) -> str:
     """The turn that asks for a critique of the answer before it."""
-    return rule.critique or CRITIQUE.format(rule=rule.rule)
+    return _put(rule.critique or CRITIQUE, rule)
 
 
 def revision_request(rule: PrincipleConfig) -> str:
     """The turn that asks for a better answer."""
-    return rule.revision or REVISION.format(rule=rule.rule)
+    return _put(rule.revision or REVISION, rule)
+
+
+def _put(text: str, rule: PrincipleConfig) -> str:
+    """A request with the rule in it; a rule without a full stop would run on into what follows."""
+    sentence = rule.rule if rule.rule[-1] in ".!?:" else f"{rule.rule}."
+    return text.replace("{rule}", sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +59,9 @@ class Compared:
     def request(self, rule: PrincipleConfig, *, swapped: bool, instruction: str) -> Message:
         """The turn that shows both answers and asks which is better."""
         shown_first, shown_second = (self.second, self.first) if swapped else (self.first, self.second)
-        spoken = "\n\n".join(f"{'Assistant' if t.role == 'assistant' else 'Human'}: {t.content}" for t in self.turns)
-        text = with_context(self.context, spoken) if self.context else spoken
-        parts = [rule.comparison or COMPARISON.format(rule=rule.rule), f"[Conversation]\n{text}"]
+        turns = turns_with_context(self.turns, self.context)
+        text = "\n\n".join(f"{_SPEAKERS.get(turn.role, turn.role.capitalize())}: {turn.content}" for turn in turns)
+        parts = [_put(rule.comparison or COMPARISON, rule), f"[Conversation]\n{text}"]
         parts += [f"[Answer A]\n{shown_first}", f"[Answer B]\n{shown_second}", instruction]
         return Message("user", "\n\n".join(parts))
 
@@ -121,10 +128,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 def dialogue(turns: Sequence[Message], context: str | None, answer: str) -> list[Message]:
     """The turns of a conversation, its context before the first one, and an answer to it."""
-    first, *rest = turns
-    if context is not None:
-        first = replace(first, content=with_context(context, first.content))
-    return [first, *rest, Message("assistant", answer)]
+    return [*turns_with_context(turns, context), Message("assistant", answer)]
 
 
 def critique_dialogue(examples: Sequence[Message], answered: Sequence[Message], rule: PrincipleConfig) -> Conversation:

@@ -7,9 +7,9 @@ models follow it and nothing has to be parsed. The texts are part of the result:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from rung.data.chat import with_context
+from rung.data.chat import turns_with_context, with_context
 from rung.inference.ask import Conversation
 from rung.types import Message
 
@@ -72,10 +72,7 @@ def answer_request(
     for example in examples:
         question = with_context(example.context, example.question) if example.context else example.question
         before += [Message("user", question), Message("assistant", example.answer)]
-    first, *rest = turns
-    if passage is not None:
-        first = replace(first, content=with_context(passage, first.content))
-    return Conversation((*before, first, *rest))
+    return Conversation((*before, *turns_with_context(turns, passage)))
 
 
 def next_question_request(task: str | None, turns: Sequence[Message], passage: str | None) -> Conversation:

@@ -15,8 +15,9 @@ import numpy as np
 
 from rung.config.constitution import ConstitutionConfig, PrincipleConfig, RevisionsConfig
 from rung.inference.ask import Answer, Conversation
-from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
-from rung.synth.principles import Transcripts, critique_dialogue, dialogue, revision_dialogue
+from rung.synth.constitution_sources import ConstitutionSources
+from rung.synth.filters import Rejection, check_answer_length, check_incomplete
+from rung.synth.principles import critique_dialogue, dialogue, revision_dialogue
 from rung.synth.sources import Seed
 from rung.synth.writer import Writer
 from rung.types import Message
@@ -24,12 +25,17 @@ from rung.types import Message
 SEEDS_PER_ROUND = 64
 """Seeds whose answers are revised at once: a batch for a model in this process, enough requests for a server."""
 _ROLE_LINE = re.compile(
-    r"^\W{0,3}(?:human|user|assistant|system|critique(?: request)?|revision(?: request)?)\W{0,3}:", re.I | re.M
+    r"^(?:[*#>\s_]{0,6}(?:human|user|assistant|ai|critique(?: request)?|revision(?: request)?)[*_ ]{0,3}:|<\|\w+\|>)",
+    re.I | re.M,
 )
+_NEW = r"(?:revis\w*|rewrit\w*|rewrote|correct(?:ed|ion)|updated|improved|new|better)"
+_TEXT = r"(?:answer|response|version|reply|text)"
+_HERE = r"(?:here(?:['’]s| is)|this is|below is)"
 _PREFACE = re.compile(
-    r"\W*(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,30}?)?"
-    r"(?:here(?:['’]s| is| are)|this is|below is)\b[^\n:]{0,80}"
-    r"\b(?:revis\w*|rewrit\w*|rewrote|version|updated|improved|answer)\b[^\n:]{0,60}:",
+    r"\W*(?:(?:sure|certainly|of course|okay|ok|absolutely)\b[^\n:]{0,60}?)?"
+    rf"(?:(?:{_HERE}\b[^\n:]{{0,40}}?)?\b{_NEW}\b[^\n:]{{0,20}}?\b{_TEXT}\b[^\n:]{{0,80}}:"
+    rf"|{_HERE} (?:a|the|my) {_TEXT},? (?:rewritten|revised)\b[^\n:]{{0,60}}:"
+    r"|\b(?:i can|i['’]ll|let me) (?:rewrite|revise|correct)\b[^\n:]{0,60}:)",
     re.I,
 )
 
@@ -84,18 +90,17 @@ class Revising:
         self,
         config: ConstitutionConfig,
         makes: RevisionsConfig,
-        seeds: Sequence[Seed],
+        sources: ConstitutionSources,
         writers: tuple[Writer, Writer],
-        transcripts: Transcripts,
         seed: int,
         on_round: Callable[[int, int], None],
     ) -> None:
         """`writers` are teacher and critic; `on_round` receives the numbers of seeds and of revisions so far."""
-        self.config, self.makes, self.seeds, self.seed, self.on_round = config, makes, seeds, seed, on_round
+        self.config, self.makes, self.seeds = config, makes, sources.seeds
+        self.seed, self.on_round = seed, on_round
         self.teacher, self.critic = writers
-        self.examples = tuple(transcripts.before_revision(critiques=makes.critiques))
-        texts = [text for s in seeds for text in (s.question, s.answer)]
-        self._language = LanguageFilter(texts) if config.filters.language else None
+        self.examples = tuple(sources.transcripts.before_revision(critiques=makes.critiques))
+        self._language = sources.language
 
     def run(self) -> list[RevisedAnswer]:
         """Revise the answer to every seed."""

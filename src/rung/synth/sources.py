@@ -17,6 +17,7 @@ from rung.config.synth import TeachConfig
 from rung.console import print_status
 from rung.data.columns import SYNONYMS
 from rung.data.formats import LoadedRows, proposes_data_settings
+from rung.data.rows import columns_of
 from rung.data.splits import load_sets
 from rung.errors import DataError
 from rung.evaluation.retrieval import read_documents, split_passages
@@ -104,7 +105,7 @@ class TeachSources:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that requests are made of, and of what must not occur."""
-        seeds = [[[asdict(turn) for turn in seed.record.messages], seed.context] for seed in self.seeds]
+        seeds = [[[asdict(turn) for turn in seed.record.messages], columns_of(seed.record)] for seed in self.seeds]
         content = [seeds, list(self.passages), list(self.labels), self.never.questions]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -177,9 +178,10 @@ def read_records(path: str, place: str) -> list[Record]:
     except DataError as error:
         prompts = _read_prompts(path)
         if prompts is None and proposes_data_settings(error):
-            hint = (
-                f"{place} takes files alone, without settings of data: give its columns the names question and answer"
-            )
+            remedy = "give its columns the names question and answer"
+            if "rows cannot be used" in error.summary:  # its columns are right
+                remedy = "\n  ".join([*str(error.hint).split("\n  ")[:-1], "mend them, or leave them out"])
+            hint = f"{remedy}; {place} takes files alone, without settings of data"
             raise DataError(error.summary, where=error.where, given=error.given, hint=hint) from None
         if prompts is None:
             raise

@@ -19,7 +19,7 @@ from rung.report.synth import write_teach_page
 from rung.results import JudgeAgreement, SynthResult
 from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_scorable, require_usable_judge
 from rung.synth.filters import diversity
-from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, kept_result
+from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, forget_rows, kept_result
 from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
 from rung.synth.writer import journal_path, open_writer, previewed_replies, previews_folder
@@ -41,6 +41,7 @@ def teach(config: TeachRunConfig, *, overwrite: bool = False) -> SynthResult:
     identity, earlier = parts.teacher.identity, previewed_replies(parts.teacher)
     with closing(Journal(journal_path(folder, parts.teacher), identity, earlier)) as journal:
         recover_interrupted_writes(folder)  # under the lock of the journal
+        forget_rows(folder)
         try:
             teaching = _teach(config.synth, parts, journal, config.seed)
         except KeyboardInterrupt:

@@ -110,7 +110,12 @@ class Writer:
         return found
 
     def choices(self, conversations: Sequence[Conversation], options: Sequence[str]) -> NDArray[np.float64]:
-        """Probabilities of the options, [P, C]; NaN where nothing can be read. Their tokens are not counted."""
+        """Probabilities of the options, [P, C]; NaN where nothing can be read."""
         limit = self.settings.max_new_tokens
-        self.cost.requests += len(conversations)
-        return np.exp(self.model.choose(conversations, options, self.journal, max_new_tokens=limit, title=None))
+        chosen = self.model.choose(conversations, options, self.journal, max_new_tokens=limit, title=None)
+        for reply in chosen.replies:
+            if reply is None:
+                self.cost.failed += 1
+            else:
+                self.cost.add(reply)
+        return np.exp(chosen.logprobs_PC)
