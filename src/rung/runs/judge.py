@@ -14,12 +14,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rung.config.judge import JudgeConfig
 from rung.config.objective import JudgeRewardConfig
 from rung.console import print_status
-from rung.errors import PlanError
+from rung.errors import CheckpointError, PlanError
 from rung.evaluation.judge import (
     AnswerPair,
     AskJudge,
@@ -193,6 +193,15 @@ def require_human_labels(config: JudgeConfig, where: str) -> None:
         raise PlanError(summary, where=where, hint=hint)
 
 
+def _open_journal(path: Path, identity: dict[str, Any]) -> Journal:
+    """The journal of these questions. Raises `CheckpointError` while another command asks the judge the same."""
+    try:
+        return Journal(path, identity)
+    except CheckpointError as error:
+        hint = "where another command asks the same judge the same now, wait for its verdicts: they are kept for both"
+        raise CheckpointError(error.summary, where=error.where, hint=hint) from None
+
+
 def _ask_by_server(server: Server, folder: Path, title: str | None) -> AskJudge:
     """Verdicts of a server, each stored in `folder` as it arrives: the same questions are not paid for twice."""
 
@@ -204,7 +213,7 @@ def _ask_by_server(server: Server, folder: Path, title: str | None) -> AskJudge:
         identity = {**server.identity, "conversations": asked, "sampling": asdict(sampling)}
         # The name is a hash of everything asked, so a changed prompt or model starts a new journal.
         name = request_key(identity)
-        with closing(Journal(folder / f"{name}.jsonl", identity)) as journal:
+        with closing(_open_journal(folder / f"{name}.jsonl", identity)) as journal:
             replies, failures = server.ask(conversations, sampling, journal, title=title)
         # A request without an answer becomes a verdict that counts in no rate, instead of failing all others.
         reasons = {failure.index: failure.reason for failure in failures}
