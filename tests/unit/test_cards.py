@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,15 @@ def test_auto_finds_a_budget_that_fits(model: Any, name: str, kind: str, device:
 
 
 def test_8b_lora_takes_what_was_computed_by_hand(model: Any) -> None:
-    """Weights 2 bytes, 16 an adapter's parameter, 3.68 MB a token of activations, a tenth of holes."""
+    """Weights 2 bytes, 16 an adapter's parameter, 3.0 MB a token of activations, a tenth of holes."""
     memory = plan(config_of(model("8b"), "lora"), "h100").plan.memory
     terms = {t.name: t.bytes for t in memory.largest_stage.terms}
     assert terms["weights"] == 2 * 8_030_261_248
     assert terms["adapter"] + terms["moments"] + terms["gradients"] == 16 * 41_943_040
-    # Inputs of norms, queries, keys, values, output, gate and up; keys and values for all heads, the output by heads.
-    layer = (2 * (4096 + 4096 + 1024 + 14_336) + 2 * (4096 - 1024) + 4096) * 2
+    # Inputs of norms, queries, keys, values, output, gate and up.
+    layer = 2 * (4096 + 4096 + 1024 + 14_336) * 2
     low_rank = 7 * 16 * 2  # what A makes of the input, for each of seven linears
-    assert terms["activations"] == 14_848 * 32 * (layer + low_rank)
+    assert terms["activations"] == 16_384 * 32 * (layer + low_rank)
     assert terms["holes"] == int(0.10 * (terms["activations"] + terms["scratch"]))
 
 
@@ -147,8 +148,8 @@ def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None
     activations = next(t for t in advice.plan.memory.largest_stage.terms if t.name == "activations")
     assert advice.micro_batch.tokens == 4096 and "layers recomputed" in activations.source and advice.plan.fits
     budget, document_bytes = auto_budget(config, read_shape(config.model), DEVICES["h100"])
-    # Eighty layers of the base, 18.4 MB a token.
-    assert document_bytes == budget * 80 * 2 * (2 * (8192 + 8192 + 1024 + 28_672) + 2 * (8192 - 1024) + 8192)
+    # Eighty layers of the base, 14.7 MB a token.
+    assert document_bytes == budget * 80 * 2 * 2 * (8192 + 8192 + 1024 + 28_672)
     # A router's load is balanced over whole documents, so nothing is recomputed there.
     balanced = {"method": {"kind": "mixture", "top_k": 2}, "data": {"path": "rows.jsonl", "max_length": 60_000}}
     mixture = config_of(model("8b"), "mixture", **balanced)
@@ -297,7 +298,7 @@ def test_the_table_of_cards_is_that_of_the_plan(model: Any) -> None:
             cells.append(f"{advice.micro_batch.tokens:,} tokens, {size}" if advice.plan.fits else f"no: {size}")
         assert f"| {' | '.join(cells)} |" in page
     # The sentence about full fine-tuning in parts.
-    for processes, tokens in ((2, "1,024"), (8, "12,544")):
+    for processes, tokens in ((2, "1,280"), (8, "15,104")):
         advice = plan(config_of(model("8b"), "full", sharded=True), "a100", processes)
         assert f"{advice.micro_batch.tokens:,}" == tokens and f"({tokens}" in page
 
@@ -343,3 +344,14 @@ def test_a_base_that_other_models_share_is_planned_beside_the_quantized_one(mode
     names = [{t.name: t.bytes for t in advice.plan.memory.stages[1].terms} for advice in (alone, shared)]
     assert "shared base" not in names[0] and names[1]["shared base"] == 2 * 32 * 218_103_808
     assert "shared base" in {t.name for t in shared.plan.memory.stages[0].terms}
+
+
+def test_where_a_card_stores_keys_once(model: Any) -> None:
+    """In bfloat16 one call takes a whole row; in float32, with a softcap or wide heads keys are stored for all heads."""
+    shape = read_shape(config_of(model("8b"), "lora").model)
+    once = 2 * (4096 + 4096 + 1024 + 14_336)
+    for_all_heads = once + 2 * (4096 - 1024) + 4096
+    assert layer_bytes_per_token(shape, "bfloat16", "cuda") == layer_bytes_per_token(shape, "bfloat16") == 2 * once
+    assert layer_bytes_per_token(shape, "float32", "cuda") == 4 * for_all_heads
+    for other in (replace(shape, kind="gemma2"), replace(shape, head_width=512, heads=8, kv_heads=2)):
+        assert layer_bytes_per_token(other, "bfloat16", "cuda") == 2 * for_all_heads

@@ -45,6 +45,10 @@ class MethodCost:
         return (self.trainable or 0) + self.frozen_parameters
 
 
+SOFTCAP_KINDS = frozenset({"gemma2"})
+"""Models whose attention scores are capped, which the kernel of cards does not know."""
+
+
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
     """Cost of a method's config for a model of this shape. Raises `ConfigError` for layers that do not exist."""
     formula = _BY_KIND.get(config.kind)
@@ -122,10 +126,18 @@ def layer_bytes_per_token(shape: ModelShape, compute: str = "float32", device: s
     """Bytes a token that one layer of the base stores for the backward pass."""
     # Inputs of norms, attention with its output, gate and up: what the fused functions store.
     numbers = 2 * (shape.width + shape.query + shape.kv + shape.mlp)
-    if device != "cpu":
-        # torch's attention stores keys and values repeated for all heads, and its output before it is joined.
+    if device != "cpu" and not has_row_kernel(shape, compute):
+        # a launch a segment: keys and values are stored repeated for all heads, and the output before it is joined
         numbers += 2 * (shape.query - shape.kv) + shape.query
     return numbers * DTYPE_BYTES[compute]
+
+
+def has_row_kernel(shape: ModelShape, compute: str) -> bool:
+    """Whether a card computes the attention of a whole row in one call, as `models.varlen_attention` does there.
+
+    bfloat16 is computed from Ampere on, the first cards with the kernel.
+    """
+    return compute == "bfloat16" and shape.kind not in SOFTCAP_KINDS and shape.head_width in range(8, 257, 8)
 
 
 def activation_bytes_per_token(
