@@ -347,7 +347,7 @@ def test_a_base_that_other_models_share_is_planned_beside_the_quantized_one(mode
 
 
 def test_where_a_card_stores_keys_once(model: Any) -> None:
-    """In bfloat16 one call takes a whole row; in float32, with a softcap or wide heads keys are stored for all heads."""
+    """In bfloat16 one call takes a row; in float32, with a softcap or wide heads keys are stored for all heads."""
     shape = read_shape(config_of(model("8b"), "lora").model)
     once = 2 * (4096 + 4096 + 1024 + 14_336)
     for_all_heads = once + 2 * (4096 - 1024) + 4096
