@@ -79,7 +79,7 @@ def test_the_right_call_scores_1_by_every_metric(tiny_tokenizer: PreTrainedToken
     chat = ChatTemplate(tiny_tokenizer, "plain")
     call = '[{"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": "a b"}}}]'
     record = Record((Message("user", "q"), Message("assistant", "", call)), Source("d.jsonl", 1))
-    metrics = {name: METRICS[name].function for name in ("exact", "normalized", "numeric", "token_f1")}
+    metrics = {name: METRICS[name] for name in ("exact", "normalized", "numeric", "token_f1")}
     answer = chat.split_conversation(record, "answer")[-1].text
     turned = answer.replace('"x": 1, "y": "a b"', '"y": "a b", "x": 1')
     expected = chat.expected_calls(record)
@@ -87,3 +87,7 @@ def test_the_right_call_scores_1_by_every_metric(tiny_tokenizer: PreTrainedToken
     wrong = _scores(chat, metrics, answer.replace("a b", "a c"), record, expected)
     assert [wrong[name] for name in ("exact", "normalized", "numeric")] == [0.0] * 3 and 0 < wrong["token_f1"] < 1
     assert set(_scores(chat, metrics, "", record, expected).values()) == {0.0}
+    # what reads no expected answer judges the answer alone, also in place of a call
+    rules = {"not_refused": METRICS["not_refused"]}
+    assert _scores(chat, rules, "Which town?", record, expected) == {"not_refused": 1.0}
+    assert _scores(chat, rules, "I cannot help with that.", record, expected) == {"not_refused": 0.0}
