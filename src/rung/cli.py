@@ -333,7 +333,7 @@ def constitution(
     config: Annotated[str, typer.Argument(help="YAML config file with a section synth.", metavar="CONFIG")],
     overrides: Overrides = None,
     preview: Annotated[
-        int | None, typer.Option(min=1, help="Print what becomes of so many answers; write nothing.")
+        int | None, typer.Option(min=1, help="Show rounds or comparisons of the first N answers; write no data set.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the rows of another config; replies in the journals stay.")

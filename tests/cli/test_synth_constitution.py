@@ -314,7 +314,7 @@ def test_what_was_banned_is_said_less(revise: Path, config: Path, tmp_path: Path
         (["synth.principles=[{One rule: with a colon}]"], "a rule with a colon stands in quotes"),
         (["synth.principles=['   ']"], "principles"),
         (["synth.principles=[]"], "principles"),
-        (["synth.principles=nowhere.yaml"], "the file of principles cannot be read"),
+        (["synth.principles=nowhere.yaml"], "nowhere.yaml: no such file"),
         (["synth.principles=[be kind, be kind]"], "a rule stands in principles twice"),
         (["synth.makes.answers=seeds"], "no row has an answer"),
         (["synth.never=[{tmp}/seeds.jsonl]"], "a row asks what synth.never names"),

@@ -45,42 +45,48 @@ def answered(local: Local) -> Counter[str]:
     return Counter(json.dumps(request["asked"], sort_keys=True) for request in local.requests() if not request["how"])
 
 
-def sweep(zygote: Zygote, local: Local, folder: Path, kills: int) -> list[int]:
-    """Kill as many commands at random moments and run each again; how many replies each had when it was killed."""
-    local.rule(teach=True, slow=0.02)
-    config = teach_config(local, folder, 20)
-    assert zygote.run("synth", "teach", config, f"output={folder / 'first'}") == 0, zygote.log.read_text()
+def sweep(zygote: Zygote, local: Local, folder: Path, verb: str, config: Path, kills: int) -> list[int]:
+    """Kill as many commands at random moments and run each again; how many replies each had when it was killed.
+
+    The rows are those of a command that was never killed.
+    """
+    assert zygote.run("synth", verb, config, f"output={folder / 'first'}") == 0, zygote.log.read_text()
     before, started = answered(local), time.monotonic()
-    assert zygote.run("synth", "teach", config) == 0, zygote.log.read_text()
-    took, expected = time.monotonic() - started, (folder / "whole" / "rows.jsonl").read_bytes()
-    rejected = (folder / "whole" / "rejected.jsonl").read_bytes()
-    needed = (answered(local) - before).total()
+    assert zygote.run("synth", verb, config) == 0, zygote.log.read_text()
+    took, needed = time.monotonic() - started, (answered(local) - before).total()
+    names = ("rows.jsonl", "rejected.jsonl")
+    expected = [(folder / "whole" / name).read_bytes() for name in names]
     kept, chance = [], np.random.default_rng(5)
     for number in range(kills):
         output, before = folder / f"killed-{number}", answered(local)
-        child = zygote.start("synth", "teach", config, f"output={output}")
+        child = zygote.start("synth", verb, config, f"output={output}")
         time.sleep(chance.uniform() * took)
         os.kill(child, signal.SIGKILL)
         zygote.wait(child)
         time.sleep(0.1)  # what was on its way is no longer waited for
         kept.append(sum(max(0, journal.read_bytes().count(b"\n") - 1) for journal in output.glob("journal-*.jsonl")))
-        assert zygote.run("synth", "teach", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
-        assert (output / "rows.jsonl").read_bytes() == expected
-        assert (output / "rejected.jsonl").read_bytes() == rejected
-        asked = answered(local) - before
+        assert zygote.run("synth", verb, config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
+        assert [(output / name).read_bytes() for name in names] == expected
+        requests = answered(local) - before
         # at most what was on its way at the kill is asked twice
-        assert needed <= asked.total() <= needed + CONCURRENCY, (asked.total(), needed, kept)
+        assert needed <= requests.total() <= needed + CONCURRENCY, (requests.total(), needed, kept)
         assert not [p.name for p in output.rglob(".*")]
     return kept
 
 
+def sweep_teach(zygote: Zygote, local: Local, folder: Path, kills: int) -> list[int]:
+    """`sweep` of 20 rows that a teacher writes."""
+    local.rule(teach=True, slow=0.02)
+    return sweep(zygote, local, folder, "teach", teach_config(local, folder, 20), kills)
+
+
 def test_killed_at_random_moments(zygote: Zygote, local: Local, tmp_path: Path) -> None:
-    assert any(sweep(zygote, local, tmp_path, 5))
+    assert any(sweep_teach(zygote, local, tmp_path, 5))
 
 
 @pytest.mark.soak
 def test_killed_at_fifty_random_moments(zygote: Zygote, local: Local, tmp_path: Path) -> None:
-    assert sum(count > 0 for count in sweep(zygote, local, tmp_path, 50)) > 20
+    assert sum(count > 0 for count in sweep_teach(zygote, local, tmp_path, 50)) > 20
 
 
 MARKS = ("round-0/round.json", "round-1/rows.jsonl", "round-1/run/run.json", "round-1/round.json", "test.json")
@@ -176,30 +182,10 @@ def constitution_config(local: Local, folder: Path, makes: str, seeds: int) -> P
 
 
 def sweep_constitution(zygote: Zygote, local: Local, folder: Path, makes: str, kills: int) -> list[int]:
-    """As `sweep`, of revisions or of preferences: the rows are those of a command that was never killed."""
+    """`sweep` of revisions or of preferences."""
     local.rule(rotten=True, slow=0.01, preference=1.0)
     config = constitution_config(local, folder, makes, 4 if makes == "revisions" else 12)
-    assert zygote.run("synth", "constitution", config, f"output={folder / 'first'}") == 0, zygote.log.read_text()
-    before, started = answered(local), time.monotonic()
-    assert zygote.run("synth", "constitution", config) == 0, zygote.log.read_text()
-    took, needed = time.monotonic() - started, (answered(local) - before).total()
-    names = ("rows.jsonl", "rejected.jsonl")
-    expected = [(folder / "whole" / name).read_bytes() for name in names]
-    kept, chance = [], np.random.default_rng(7)
-    for number in range(kills):
-        output, before = folder / f"killed-{number}", answered(local)
-        child = zygote.start("synth", "constitution", config, f"output={output}")
-        time.sleep(chance.uniform() * took)
-        os.kill(child, signal.SIGKILL)
-        zygote.wait(child)
-        time.sleep(0.1)  # what was on its way is no longer waited for
-        kept.append(sum(max(0, journal.read_bytes().count(b"\n") - 1) for journal in output.glob("journal-*.jsonl")))
-        assert zygote.run("synth", "constitution", config, f"output={output}") == 0, zygote.log.read_text()[-3000:]
-        assert [(output / name).read_bytes() for name in names] == expected
-        asked = answered(local) - before
-        assert needed <= asked.total() <= needed + CONCURRENCY, (asked.total(), needed, kept)
-        assert not [p.name for p in output.rglob(".*")]
-    return kept
+    return sweep(zygote, local, folder, "constitution", config, kills)
 
 
 @pytest.mark.parametrize("makes", ["revisions", "preferences"])

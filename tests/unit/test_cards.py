@@ -19,14 +19,14 @@ from rung.config.run import RunConfig
 from rung.config.training import OptimizerConfig
 from rung.errors import PlanError
 from rung.methods.registry import attach_method
-from rung.models import base_model
+from rung.models import base_model, varlen_attention
 from rung.models.packing import pack
 from rung.objectives.sft import SftObjective
 from rung.planning.advise import CANDIDATE_BUDGETS, Advice, advise, assumed_micro_batch, auto_budget
 from rung.planning.architecture import read_shape
 from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
 from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, estimate_memory
-from rung.planning.method_cost import layer_bytes_per_token
+from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token
 from rung.planning.throughput import throughput_for
 from rung.training import memory_use, micro_batch, optimizer
 from rung.training.optimizer import OptimizerState
@@ -353,5 +353,8 @@ def test_where_a_card_stores_keys_once(model: Any) -> None:
     for_all_heads = once + 2 * (4096 - 1024) + 4096
     assert layer_bytes_per_token(shape, "bfloat16", "cuda") == layer_bytes_per_token(shape, "bfloat16") == 2 * once
     assert layer_bytes_per_token(shape, "float32", "cuda") == 4 * for_all_heads
+    # the plan knows the kernel without torch: the same widths as where it runs
+    widths = [w for w in range(1, 300) if has_row_kernel(replace(shape, head_width=w), "bfloat16")]
+    assert widths == [w for w in range(1, varlen_attention.MAX_WIDTH + 1) if w % 8 == 0]
     for other in (replace(shape, kind="gemma2"), replace(shape, head_width=512, heads=8, kv_heads=2)):
         assert layer_bytes_per_token(other, "bfloat16", "cuda") == 2 * for_all_heads

@@ -13,8 +13,8 @@ from rung.config.constitution import ConstitutionConfig
 from rung.evaluation.judge import AnswerPair
 from rung.scoring.answer_rules import not_banned, not_refused
 from rung.scoring.metrics import BINARY_METRICS, METRICS
-from rung.synth.feedback import Comparing, agreement_with_people
-from rung.synth.principles import Compared, Transcripts
+from rung.synth.feedback import FeedbackModel, agreement_with_people
+from rung.synth.principles import AnswerComparison, Transcripts
 from rung.synth.revisions import check_preface, check_roles
 from rung.types import Message
 
@@ -110,16 +110,16 @@ class Critic:
         return np.array(rows)
 
 
-def comparing(probabilities: dict[tuple[str, str], float], rules: Sequence[str] = ("Be kind.",)) -> Comparing:
+def feedback_model(probabilities: dict[tuple[str, str], float], rules: Sequence[str] = ("Be kind.",)) -> FeedbackModel:
     settings = {"teacher": {"model": "x"}, "seeds": "x", "principles": list(rules), "makes": "preferences"}
     config = ConstitutionConfig.model_validate(settings)
-    return Comparing(config, Critic(probabilities), Transcripts(), 0)  # type: ignore[arg-type]
+    return FeedbackModel(config, Critic(probabilities), Transcripts(), 0)  # type: ignore[arg-type]
 
 
 def test_both_orders_are_the_probability_of_the_first() -> None:
     """P(first) is that of A where it is shown first, and of B where it is shown second."""
-    work = comparing({("x", "y"): 0.9, ("y", "x"): 0.3, ("u", "v"): np.nan, ("v", "u"): 0.2})
-    pairs = [Compared((Message("user", "q"),), None, *texts) for texts in (("x", "y"), ("u", "v"))]
+    work = feedback_model({("x", "y"): 0.9, ("y", "x"): 0.3, ("u", "v"): np.nan, ("v", "u"): 0.2})
+    pairs = [AnswerComparison((Message("user", "q"),), None, *texts) for texts in (("x", "y"), ("u", "v"))]
     rules = [work.config.principles[0]] * 2
     by_order = work.probabilities(pairs, rules, (1, 0))
     assert by_order[0].tolist() == pytest.approx([0.9, 0.7]) and np.isnan(by_order[1, 0])
@@ -138,16 +138,16 @@ def test_agreement_against_enumeration() -> None:
         probabilities[f"x{i}", f"y{i}"], probabilities[f"y{i}", f"x{i}"] = a_first, b_first
         pairs.append(AnswerPair(f"q{i}", f"x{i}", f"y{i}", source=f"file {i}"))
         people.append([label, label])
-    found = agreement_with_people(comparing(probabilities), pairs, people, 0)  # type: ignore[arg-type]
+    found = agreement_with_people(feedback_model(probabilities), pairs, people, 0)  # type: ignore[arg-type]
     assert (found.pairs, found.unreadable) == (10, 1) and found.agreement is not None
     assert found.agreement.mean == pytest.approx((7 * 1 + 0 + 0.5 + 0.5) / 10) and "1 of them without" in found.reason
     assert found.trusted == (found.agreement.low > 0.5)
     shown_first = [(0.9 + 0.2) / 2] * 7 + [(0.6 + 0.7) / 2, 0.7]
     assert found.shown_first == pytest.approx(np.mean(shown_first))
     silent = {texts: np.nan for texts in probabilities} | {("x0", "y0"): 0.9, ("y0", "x0"): 0.1}
-    few = agreement_with_people(comparing(silent), pairs, people, 0)  # type: ignore[arg-type]
+    few = agreement_with_people(feedback_model(silent), pairs, people, 0)  # type: ignore[arg-type]
     assert not few.trusted and few.agreement is not None and few.agreement.mean == pytest.approx((1 + 9 * 0.5) / 10)
-    nobody = agreement_with_people(comparing({}), [], [], 0)
+    nobody = agreement_with_people(feedback_model({}), [], [], 0)
     assert not nobody.trusted and nobody.agreement is None
 
 
@@ -158,7 +158,7 @@ def test_a_rule_that_is_always_wrong_is_named() -> None:
             p = [0.9 if ("[Answer A]\ngood" in text) != ("Be rude." in text) else 0.1 for text in texts]
             return np.array([[x, 1 - x] for x in p])
 
-    work = comparing({}, ("Be kind.", "Be rude."))
+    work = feedback_model({}, ("Be kind.", "Be rude."))
     work.critic = ByRule({})  # type: ignore[assignment]
     pairs = [AnswerPair(f"q{i}", "good", "bad", source=f"file {i}") for i in range(30)]
     found = agreement_with_people(work, pairs, [["first"]] * 30, 0)

@@ -35,7 +35,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Score a run or a base on the test split of `config`, or by default of the run's own config.
 
-    A rung of a ladder that has rows of its own is scored on the test of the ladder. A run that is scored on its own
+    A rung that has its own training data is scored on the test split of its ladder. A run that is scored on its own
     whole task stores the result in its folder. Raises `ConfigError` for a base without a task.
     """
     path, target = Path(target), str(target)
@@ -152,7 +152,7 @@ def _task_of_run(run: Path) -> RunConfig:
     if ladder is None:
         hint = "name a task that has one with --config CONFIG: rows that the run learned from are no test"
         raise ConfigError("this run has no test split to be scored on", where=str(run), given="data.test: 0", hint=hint)
-    print_status(f"scored on the test split of the ladder {ladder}: this rung has rows of its own, and no test")
+    print_status(f"scored on the test split of the ladder {ladder}: this rung has its own training data, and no test")
     config = config_of_run(ladder)
     # the seed too: it draws the items of evaluation.limit
     return task.model_copy(update={"data": config.data, "seed": config.seed})

@@ -24,7 +24,7 @@ from rung.data.chat import ChatTemplate
 from rung.data.formats import LoadedRows, naming_config
 from rung.data.messages import expected_text
 from rung.data.records import Records
-from rung.data.rows import prompt_value
+from rung.data.rows import present, prompt_value
 from rung.data.splits import load_sets
 from rung.data.token_store import describe_notes
 from rung.data.tokenize import PromptDataset, tokenize_prompts
@@ -254,10 +254,7 @@ def _prompt_columns(record: Record) -> dict[str, Any]:
         "expected": expected_text(record) or None,
     }
     columns |= {"references": list(record.references) or None, "group": record.group, "task": record.task}
-    return {
-        "prompt": prompt_value(record.messages[:-1]),
-        **{name: value for name, value in columns.items() if value is not None},
-    }
+    return {"prompt": prompt_value(record.messages[:-1]), **present(columns)}
 
 
 def _journal(output: Path, target: str, policy: Policy, prompts: PromptDataset, sampling: Sampling) -> Journal:

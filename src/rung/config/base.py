@@ -7,10 +7,11 @@ its help texts and JSON schema from docstrings below the fields, so that documen
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -94,6 +95,25 @@ def _local_path(path: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(_local_path)]
 """A path with ~ as the home folder: no shell has read it, and a folder of that name would be made."""
+
+
+def _pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"this is no regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+"""A regular expression of Python."""
+
+
+def shorthand(setting: str) -> BeforeValidator:
+    """For a section of which YAML may give one setting alone, as a text: `teacher: smollm2-135m`."""
+    return BeforeValidator(lambda value: {setting: value} if isinstance(value, str) else value)
+
+
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # roles instead of module names: the same config fits every architecture (`models.targets` maps them)
 ALL_LINEAR: tuple[LinearRole, ...] = ("q", "k", "v", "o", "gate", "up", "down")

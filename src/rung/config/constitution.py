@@ -5,13 +5,11 @@ Bai et al. 2022 (arXiv 2212.08073), Constitutional AI. `config.io` reads it besi
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
-from rung.config.base import MAX_SEED, Config, Fraction, LocalPath
+from rung.config.base import MAX_SEED, Config, Fraction, LocalPath, shorthand
 from rung.config.synth import TeacherConfig
 
 
@@ -89,17 +87,19 @@ class ConstitutionConfig(Config):
     """A model criticizes and revises answers by written rules, or compares them (Bai et al. 2022)."""
 
     kind: Literal["constitution"] = "constitution"
-    teacher: WriterConfig = Field(default=...)
+    teacher: Annotated[WriterConfig, shorthand("model")] = Field(default=...)
     """The model whose answers are revised or compared."""
-    critic: WriterConfig | None = None
+    critic: Annotated[WriterConfig | None, shorthand("model")] = None
     """The model that criticizes, revises and compares; default: the teacher itself (Bai et al. 2022, section 3.1)."""
     principles: tuple[PrincipleConfig, ...] = Field(default=..., min_length=1)
-    """The rules, of which one is drawn for each revision or comparison; or a YAML file with a list of them."""
+    """The rules, of which one is drawn for each revision or comparison; in YAML also a file with a list of them."""
     seeds: str = Field(default=..., min_length=1)
     """Rows with the questions, as `data.path`."""
     limit: PositiveInt | None = None
     """Maximum number of seeds, a random sample by the seed."""
-    makes: Annotated[RevisionsConfig | PreferencesConfig, Field(discriminator="kind")] = RevisionsConfig()
+    makes: Annotated[RevisionsConfig | PreferencesConfig, Field(discriminator="kind"), shorthand("kind")] = (
+        RevisionsConfig()
+    )
     """What is made, and how. In YAML the kind alone is enough."""
     transcripts: str | None = Field(default=None, min_length=1)
     """Worked examples before every request: rows of `rule`, `question`, `answer`, `critique`, `revision`, and for
@@ -113,44 +113,25 @@ class ConstitutionConfig(Config):
     """Files whose questions must not occur among the rows, for example the test data. One among the seeds is an
     error."""
 
-    @field_validator("teacher", "critic", mode="before")
-    @classmethod
-    def _expand_writer(cls, writer: Any) -> Any:
-        return {"model": writer} if isinstance(writer, str) else writer
-
     @field_validator("principles", mode="before")
     @classmethod
-    def _read_principles(cls, principles: Any) -> Any:
-        if isinstance(principles, str):
-            principles = _principles_of(Path(principles).expanduser())
+    def _expand_rules(cls, principles: Any) -> Any:
         if not isinstance(principles, list | tuple):
-            raise ValueError("principles is a list of rules, or a YAML file with one")
-        if colon := next((p for p in principles if isinstance(p, dict) and not {"rule", *p} <= _PRINCIPLE), None):
+            return principles
+        names = PrincipleConfig.model_fields.keys()
+        if colon := next((p for p in principles if isinstance(p, dict) and not p.keys() <= names), None):
             raise ValueError(f"a rule with a colon stands in quotes: {next(iter(colon))!r}")
         return [{"rule": p.strip()} if isinstance(p, str) else p for p in principles]
 
     @field_validator("makes", mode="before")
     @classmethod
     def _expand_makes(cls, makes: Any) -> Any:
-        if isinstance(makes, str):
-            return {"kind": makes}
+        # a union of sections has no default kind of its own
         return {"kind": "revisions", **makes} if isinstance(makes, dict) else makes
 
     def _check(self) -> None:
         if len({principle.rule for principle in self.principles}) < len(self.principles):
             raise ValueError("a rule stands in principles twice")
-
-
-_PRINCIPLE = {"rule", "critique", "revision", "comparison"}
-
-
-def _principles_of(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"the file of principles cannot be read: {error.strerror}: {file}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the file of principles is no YAML: {file}: {' '.join(str(error).split())}") from error
 
 
 class ConstitutionRunConfig(Config):

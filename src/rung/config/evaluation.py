@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rung.config.base import Config
+from rung.config.base import Config, Pattern
 from rung.config.code import CodeLimitsConfig
 from rung.config.judge import JudgeConfig
 
@@ -59,7 +58,7 @@ class EvaluationConfig(Config):
     and Linux."""
     code_limits: CodeLimitsConfig = CodeLimitsConfig()
     """For the metric `code`: limits of the program of an answer."""
-    banned: tuple[str, ...] = ()
+    banned: tuple[Pattern, ...] = ()
     """For the metric `not_banned`: regular expressions that no answer may contain; case does not count."""
     instruction: str | None = None
     """System prompt of the untuned rungs: the best one you have, for a fair comparison. Tuned rungs do not use it."""
@@ -90,11 +89,6 @@ class EvaluationConfig(Config):
             raise ValueError("code_limits is for metrics: [code]")
         if bool(self.banned) != ("not_banned" in self.metrics):
             raise ValueError("metrics: [not_banned] and the patterns of `banned` go together")
-        for pattern in self.banned:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"banned: this is no regular expression: {error}: {pattern!r}") from error
         if "" in self.stop:
             raise ValueError("an empty text in stop would end every answer before its first word")
         if text := next((text for text in self.stop if "\\n" in text or "\\t" in text), None):

@@ -40,8 +40,10 @@ deep, are 329 bytes and ten billion nodes."""
 # names that pydantic puts into error locations for members of unions of plain types
 _TYPE_TAGS = frozenset({"str", "float", "int", "bool"})
 _UNION_GROUPS = frozenset(
-    {("method",), ("objective",), ("objective", "reward"), ("synth", "verifier"), ("synth", "selection", "verifier")}
-    | {("synth", "makes")}
+    {
+        *(("method",), ("objective",), ("objective", "reward")),
+        *(("synth", "verifier"), ("synth", "selection", "verifier"), ("synth", "makes")),
+    }
 )
 """Groups with a `kind`: pydantic adds the kind to the location of errors inside them."""
 
@@ -177,6 +179,8 @@ def load_synth_config(
         raise ConfigError("no such kind", where="synth.kind", given=kind, allowed=", ".join(SYNTH_CONFIGS))
     if verb not in (None, kind):
         raise ConfigError("this is the config of another verb", where=where, given=kind, hint=f"rung synth {kind}")
+    if kind == "constitution" and isinstance(synth.get("principles"), str):
+        synth["principles"] = _read_list(Path(synth["principles"]).expanduser())
     return _validate(raw, origins, SYNTH_CONFIGS[kind])
 
 
@@ -223,6 +227,21 @@ def describe_config(loaded: LoadedConfig) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    root, raw = _load_yaml(path)
+    if not isinstance(raw, dict):
+        raise ConfigError("a config is a mapping of settings", where=str(path), given=type(raw).__name__)
+    return raw, {(): str(path), **dict(_key_origins(root, (), str(path)) if root else {})}
+
+
+def _read_list(path: Path) -> list[Any]:
+    _, raw = _load_yaml(path)
+    if not isinstance(raw, list):
+        raise ConfigError("a list is asked for", where=str(path), given=type(raw).__name__)
+    return raw
+
+
+def _load_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML file and its value. Raises `ConfigError` for what is no YAML, or too large for a config."""
     # not .json: JSON is YAML
     if data_suffix(path) not in (None, ".json") and path.exists():
         hint = "write a config whose data.path names this file"
@@ -250,13 +269,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise ConfigError(f"not valid YAML: {error.problem}", where=f"{path} line {line}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from None
-    if not isinstance(raw, dict):
-        raise ConfigError("a config is a mapping of settings", where=str(path), given=type(raw).__name__)
     try:
         json.dumps(raw, default=str)
     except (ValueError, TypeError, RecursionError):  # an anchor that contains itself, a mapping as a key
         raise ConfigError("this nests in itself or has keys that are no text", where=str(path)) from None
-    return raw, {(): str(path), **dict(_key_origins(root, (), str(path)) if root else {})}
+    return root, raw
 
 
 def _parse_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:

@@ -6,12 +6,11 @@ is all that code outside `objectives` asks; `objectives.registry` maps each kind
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rung.config.base import Config
+from rung.config.base import Config, Pattern
 from rung.config.code import CodeLimitsConfig
 from rung.config.evaluation import Context, ExampleSelection
 from rung.config.judge import JudgeConfig
@@ -154,17 +153,8 @@ class RegexRewardConfig(Config):
     """Reward 1 for an answer that contains a pattern, else 0; a group in it must equal an accepted answer."""
 
     kind: Literal["regex"] = "regex"
-    pattern: str = Field(default=..., min_length=1)
+    pattern: Pattern = Field(default=...)
     """Python regular expression."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"this is no regular expression: {error}") from error
-        return pattern
 
 
 class CodeRewardConfig(CodeLimitsConfig):

@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from rung.config.base import MAX_SEED, Config, Fraction, LocalPath
+from rung.config.base import MAX_SEED, Config, Fraction, LocalPath, shorthand
 from rung.config.data import DataConfig
 from rung.config.evaluation import EvaluationConfig
 from rung.config.judge import JudgeConfig
@@ -148,17 +148,17 @@ class TeachConfig(Config):
     """A teacher writes rows from seeds, documents or a description (Wang et al. 2023, Self-Instruct)."""
 
     kind: Literal["teach"] = "teach"
-    teacher: TeacherConfig = Field(default=...)
+    teacher: Annotated[TeacherConfig, shorthand("model")] = Field(default=...)
     """The model that writes questions and answers."""
     task: str | None = Field(default=None, min_length=1)
     """The task in words, for the teacher: what the questions are about, and how they are answered."""
     seeds: str | None = Field(default=None, min_length=1)
     """Rows of the task, as `data.path`; some of them stand before each request as examples."""
-    documents: DocumentsConfig | None = None
+    documents: Annotated[DocumentsConfig | None, shorthand("path")] = None
     """Texts. Each question is about one passage, which is kept as its context."""
     questions: Literal["made", "seeds"] = "made"
     """`made`: the teacher writes new questions; `seeds`: it answers those of the seeds, whose answers are not shown."""
-    makes: MakesConfig = MakesConfig()
+    makes: Annotated[MakesConfig, shorthand("kind")] = MakesConfig()
     """The form of the rows."""
     attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Values to vary, for example {reader: [a beginner, an auditor]}: every request draws one of each."""
@@ -175,21 +175,6 @@ class TeachConfig(Config):
     never: tuple[str, ...] = ()
     """Files whose questions must not occur among the rows, for example the test data. One among the seeds is an error;
     one that the teacher writes is left out."""
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _expand_teacher(cls, teacher: Any) -> Any:
-        return {"model": teacher} if isinstance(teacher, str) else teacher
-
-    @field_validator("documents", mode="before")
-    @classmethod
-    def _expand_documents(cls, documents: Any) -> Any:
-        return {"path": documents} if isinstance(documents, str) else documents
-
-    @field_validator("makes", mode="before")
-    @classmethod
-    def _expand_makes(cls, makes: Any) -> Any:
-        return {"kind": makes} if isinstance(makes, str) else makes
 
     @field_validator("attributes", mode="before")
     @classmethod

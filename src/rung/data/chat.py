@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 BYTES_OF_A_CHARACTER = 4
 """In UTF-8, at most: a tail that starts inside a character decodes to the replacement character up to its end."""
+NO_USER_TURN = "a context, but no user turn to put it in front of"
 
 
 class TextPart(NamedTuple):
@@ -454,7 +455,7 @@ class ChatTemplate:
             if first_user is not None:
                 first_user["content"] = with_context(context, first_user["content"])
             elif not has_greeting:  # else the question comes later
-                raise DataError("a context, but no user turn to put it in front of", where=where)
+                raise DataError(NO_USER_TURN, where=where)
         schemas: Any = json.loads(tools) if tools else None
         marked_turns, marked_schemas = turns, schemas
         if marks:
@@ -523,9 +524,15 @@ def with_context(context: str, question: str) -> str:
 
 
 def turns_with_context(turns: Sequence[Message], context: str | None) -> list[Message]:
-    """Turns with the context before the first one of a user, where the template puts it."""
+    """Turns with the context before the first one of a user, as in what `ChatTemplate` renders.
+
+    Raises `DataError` for a context without such a turn.
+    """
     turns = list(turns)
+    if not context:
+        return turns
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if context is not None and first is not None:
-        turns[first] = replace(turns[first], content=with_context(context, turns[first].content))
+    if first is None:
+        raise DataError(NO_USER_TURN)
+    turns[first] = replace(turns[first], content=with_context(context, turns[first].content))
     return turns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rung.data.chat import turns_with_context
@@ -23,7 +23,7 @@ def answer_row(turns: Sequence[Message], answer: str, **columns: Any) -> dict[st
 
     The format `messages` has no column for a context, which stands in the first turn of the user there.
     """
-    prompt, further = prompt_value(turns), _present(columns)
+    prompt, further = prompt_value(turns), present(columns)
     if isinstance(prompt, str):
         return {"question": prompt, **further, "answer": answer}
     spoken = [*turns_with_context(turns, further.pop("context", None)), Message("assistant", answer)]
@@ -32,7 +32,7 @@ def answer_row(turns: Sequence[Message], answer: str, **columns: Any) -> dict[st
 
 def preference_row(turns: Sequence[Message], chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
     """A row of two answers: `prompt`, `chosen` and `rejected`; columns without a value are left out."""
-    return {"prompt": prompt_value(turns), **_present(columns), "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt_value(turns), **present(columns), "chosen": chosen, "rejected": rejected}
 
 
 def columns_of(record: Record) -> dict[str, Any]:
@@ -43,5 +43,6 @@ def columns_of(record: Record) -> dict[str, Any]:
     return columns | {"tests": tests.source or None, "test_setup": tests.setup or None}
 
 
-def _present(columns: dict[str, Any]) -> dict[str, Any]:
+def present(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that have a value."""
     return {name: value for name, value in columns.items() if value is not None}

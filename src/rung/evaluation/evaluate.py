@@ -164,8 +164,11 @@ def evaluate(
         tasks = [record.task for record in records]
         answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
     answers_with_stop = list(zip(answers, stopped, strict=True))
-    settings: Any = {"code_limits": config.code_limits, "banned": config.banned}
-    scored = score_answers(chat, records, prompts, answers_with_stop, seconds, config.metrics, **settings)
+    scored = score_answers(
+        *(chat, records, prompts, answers_with_stop, seconds, config.metrics),
+        code_limits=config.code_limits,
+        banned=config.banned,
+    )
     if PERPLEXITY not in config.metrics:
         return scored
     start_time = time.perf_counter()

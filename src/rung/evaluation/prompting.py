@@ -9,13 +9,13 @@ examples are encoded once for all questions; nearest examples fit better but cos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rung.config.evaluation import ExampleSelection
-from rung.data.chat import with_context
+from rung.data.chat import turns_with_context
 from rung.data.records import distinct_conversations
 from rung.errors import DataError
 from rung.evaluation.retrieval import Bm25Index
@@ -48,11 +48,7 @@ class PromptFormat:
 
 def _question_turns(record: Record) -> list[Message]:
     """The turns before the answer without those of the system, with the context in the first question."""
-    turns = list(record.messages[:-1])
-    if record.context:
-        first = next(i for i, m in enumerate(turns) if m.role == "user")
-        turns[first] = replace(turns[first], content=with_context(record.context, turns[first].content))
-    return [m for m in turns if m.role != "system"]
+    return [m for m in turns_with_context(record.messages[:-1], record.context) if m.role != "system"]
 
 
 def choose_shots(train: Sequence[Record], count: int, seed: int, selection: ExampleSelection = "random") -> Shots:

@@ -67,17 +67,17 @@ class Reply:
 
     def to_json(self) -> list[Any]:
         """For a journal."""
-        answers = [
-            [a.text, a.stopped, a.reasoning, *([list(a.option_logprobs)] if a.option_logprobs else [])]
-            for a in self.answers
-        ]
+        answers = [[a.text, a.stopped, a.reasoning, *filter(None, [a.option_logprobs])] for a in self.answers]
         return [answers, self.prompt_tokens, self.answer_tokens, round(self.seconds, 3)]
 
     @staticmethod
     def from_json(value: Sequence[Any]) -> Reply:
         """What `to_json` wrote."""
         answers, *costs = value
-        return Reply(tuple(Answer(*fields) for fields in answers), *costs)
+        read = (
+            Answer(text, stopped, reasoning, *map(tuple, logprobs)) for text, stopped, reasoning, *logprobs in answers
+        )
+        return Reply(tuple(read), *costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,8 @@ class AnswerModel(Protocol):
     ) -> Choices:
         """The probabilities of the options as the answer to each conversation.
 
-        A model in this process computes the probabilities and writes nothing; a
-        server writes `max_new_tokens` at most, and gives probability 1 to what it names where it reports none.
+        A model in this process computes them and writes nothing. A server writes `max_new_tokens` at most; where it
+        reports no probabilities, the option that it names has all of it.
         """
 
 

@@ -58,7 +58,9 @@ SENT_HEADERS = frozenset(
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 TOP_LOGPROBS = 20
 """Most probable tokens that a server is asked for where an option is chosen: the most that OpenAI's API gives."""
-KEPT_HINT = "the answers so far are kept: the same command continues, of training with --resume"
+RESUME_HINT = "the answers so far are kept: the same command continues, of training with --resume"
+_WITHOUT_LOGPROBS = "without logprobs"
+"""Key of the journal entry that says that a server gives none."""
 QUEUED_PER_WORKER = 4
 """Submitted requests per concurrent one: enough to keep all workers busy, few enough to cancel quickly."""
 
@@ -117,21 +119,22 @@ class Server:
         # temperature 0: the probabilities are those of the token, whatever is drawn
         sampling = Sampling(max_new_tokens)
         plain = [_chat_request(conversation, 0, sampling) for conversation in conversations]
-        requests = [{**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS} for request in plain]
         settings: dict[str, Any] = {"keep_failures": True, "options": tuple(options)}
-        replies: list[Reply | None]
-        try:
-            replies, failures = self._send(requests, journal, title=title, **settings)
-            failed = [failure.index for failure in failures]
-        except CheckpointError:
-            # some servers answer 500 to a setting that they do not know; one that is down fails again
-            replies, failed = [None] * len(plain), list(range(len(plain)))
-        if failed:
-            again, _ = self._send([plain[i] for i in failed], journal, title=None, **settings)
-            for i, reply in zip(failed, again, strict=True):
-                replies[i] = reply
-            if any(reply is not None for reply in again):
-                print_status("the server gives no log-probabilities: the option that it names gets all of them")
+        replies: list[Reply | None] = [None] * len(plain)
+        if journal.get(_WITHOUT_LOGPROBS) is None:
+            requests = [{**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS} for request in plain]
+            try:
+                replies, _ = self._send(requests, journal, title=title, **settings)
+            except _FailingServerError:  # some answer 500 to a setting that they do not know
+                replies = [None] * len(plain)
+        missing = [i for i, reply in enumerate(replies) if reply is None]
+        without, _ = self._send([plain[i] for i in missing], journal, title=None, **settings)
+        if len(missing) == len(plain) and any(without) and journal.get(_WITHOUT_LOGPROBS) is None:
+            # every later request would be sent twice
+            journal.add(_WITHOUT_LOGPROBS, {"url": self.url})
+            print_status("the server gives no log-probabilities: the option that it names gets all of them")
+        for i, reply in zip(missing, without, strict=True):
+            replies[i] = reply
         rows = [option_logprobs(reply, options) for reply in replies]
         return Choices(np.array(rows, dtype=np.float64).reshape(len(rows), len(options)), replies)
 
@@ -209,8 +212,8 @@ def _answer_concurrently(
             reasons[key] = str(error)
             errors_in_a_row = errors_in_a_row + 1 if error.is_of_server else 0
             if errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
-                hint = KEPT_HINT
-                raise CheckpointError(f"the server fails: {error}", where=server.url, hint=hint) from None
+                summary = f"the server fails: {error}"
+                raise _FailingServerError(summary, where=server.url, hint=RESUME_HINT) from None
         else:
             errors_in_a_row = 0
 
@@ -227,6 +230,10 @@ def _answer_concurrently(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)  # requests in flight have been paid for, and are kept
             raise
+
+
+class _FailingServerError(CheckpointError):
+    """Every request ends in an error of the server."""
 
 
 class _RefusedError(Exception):
@@ -282,8 +289,7 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
         raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
     except openai.APIConnectionError as error:  # a timeout is one, too
         summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
-        hint = KEPT_HINT
-        raise CheckpointError(summary, where=server.url, hint=hint) from None
+        raise CheckpointError(summary, where=server.url, hint=RESUME_HINT) from None
     except openai.APIStatusError as error:
         if 300 <= error.status_code < 400:
             target = error.response.headers.get("location")
@@ -291,8 +297,7 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
             raise ConfigError(summary, where=server.url, given=target, hint=hint) from None
         if error.status_code in OUTAGE_STATUSES:
             summary = f"the server answers nobody, after {server.retries} further tries: {clean(error)}"
-            hint = KEPT_HINT
-            raise CheckpointError(summary, where=server.url, given=error.status_code, hint=hint) from None
+            raise CheckpointError(summary, where=server.url, given=error.status_code, hint=RESUME_HINT) from None
         reason, is_of_server = f"{type(error).__name__}: {clean(error)}", error.status_code >= 500
         raise _RefusedError(reason, is_of_server=is_of_server) from None
     except openai.OpenAIError as error:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from rung.data.parsed_answer import REASONING_TAGS
 from rung.inference.ask import Answer, Reply, without_reasoning
 
 _IN_BRACKETS = re.compile(r"[(\[]\s*\w{1,3}\s*[)\]]")
@@ -56,13 +58,12 @@ def named_logprobs(choice: Any, text: str, options: tuple[str, ...]) -> tuple[fl
 
 
 def _behind_reasoning(tokens: Sequence[Any]) -> Sequence[Any]:
-    """The tokens behind the last end of reasoning in tags."""
-    text, ends = "", 0
-    for number, token in enumerate(tokens, start=1):
-        text = (text + str(getattr(token, "token", "")))[-20:]
-        if "</think>" in text and (number == 1 or text.rstrip().endswith(">")):
-            ends = number
-    return tokens[ends:]
+    """The tokens behind the last closing tag of reasoning."""
+    texts = [str(getattr(token, "token", "")) for token in tokens]
+    text = "".join(texts)
+    end = max(text.rfind(tag) + len(tag) if tag in text else 0 for _, tag in REASONING_TAGS)
+    starts = accumulate(map(len, texts), initial=0)
+    return [token for token, start in zip(tokens, starts, strict=False) if start >= end]
 
 
 def _mark_of(token: Any) -> str:

@@ -387,6 +387,7 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     tokens, width = micro_batch.tokens + front_virtual_tokens(method), DTYPE_BYTES[compute]
     factor = 1.0 if config.model.fused else UNFUSED_FACTOR
     activations = int(bytes_per_token * tokens * factor)
+    # Temporaries of one layer at a time; the allocator uses the same memory for the next layer.
     scratch = width * tokens * (4 * shape.mlp + 4 * shape.width)
     if device != "cpu" and has_row_kernel(shape, compute):
         # keys and values of all paths and their gradients, of one layer at a time
@@ -405,7 +406,6 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     # Gradients are allocated as activations are freed, so only the excess adds to the peak.
     if micro_batch.batches == 1:
         gradients = max(0, gradients - activations)
-    # `scratch`: temporaries of one layer at a time; the allocator uses the same memory for the next layer.
     head = 3 * width * shape.width * micro_batch.supervised_tokens
     head += 3 * 4 * (CARD_TILE_LOGITS if micro_batch.device == "cuda" else TILE_LOGITS)
     # Gradients of the head, of the embeddings, and their sum if both are one matrix.

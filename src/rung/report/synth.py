@@ -19,6 +19,7 @@ from rung.report.formatting import format_duration, format_estimate
 from rung.report.html import page_template
 from rung.results import ConstitutionResult, Estimate, ImproveResult, RevisionRound, SynthResult
 
+REPORT_FILE = "report.html"
 ROWS_SHOWN = 12
 """Rows that the page shows, and rejected questions of each filter."""
 _BY_RULES = "Answers by written rules"
@@ -119,7 +120,7 @@ def _rounds_table(rounds: Iterable[RevisionRound]) -> dict[str, Any]:
     for r in rounds:
         counts = [f"{n:,}" if r.number else "" for n in (r.revised, r.unchanged)]
         rows.append({"cells": [str(r.number), *counts, f"{r.refusing:.0%}", f"{r.words:.0f}"], "chosen": False})
-    heads = ["round", "revised", "unchanged", "declining", "words"]
+    heads = ["round", "revised", "unchanged", "refusing", "words"]
     note = "Answers after each round; round 0 are the first answers."
     return {"title": "Rounds", "heads": heads, "rows": rows, "note": note}
 
@@ -127,7 +128,7 @@ def _rounds_table(rounds: Iterable[RevisionRound]) -> dict[str, Any]:
 def _write(folder: Path, parts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
     page = page_template("synth_template.html").render(title=folder.resolve().name, config=text, **parts)
-    write_bytes(folder / "report.html", page.encode("utf-8", "replace"))  # a model may write lone surrogates
+    write_bytes(folder / REPORT_FILE, page.encode("utf-8", "replace"))  # a model may write lone surrogates
 
 
 def _example(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,13 +139,13 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         source += f", {rule}"
     if attributes := made.get("attributes"):
         source += ", " + ", ".join(f"{name}: {value}" for name, value in attributes.items())
+    answers = [("before", made["before"])] if "before" in made else []
     if "messages" in row:
         first, *others = row["messages"]
-        answers = [(turn["role"], turn["content"]) for turn in others]
+        answers += [(turn["role"], turn["content"]) for turn in others]
         return {"question": first["content"], "context": row.get("context"), "answers": answers, "source": source}
     question = row.get("question", row.get("prompt"))
     question = question if isinstance(question, str) else json.dumps(question, ensure_ascii=False)
-    answers = [("before", made["before"])] if "before" in made else []
     answers += [(name, row[name]) for name in ("answer", "chosen", "rejected") if name in row]
     return {"question": question, "context": row.get("context"), "answers": answers, "source": source}
 

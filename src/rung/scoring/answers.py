@@ -361,10 +361,9 @@ def _read_whole(text: str) -> Value | None:
 
 def _parse(tokens: Sequence[Token], plain: str, *, is_whole: bool = False, depth: int = 0) -> Value:
     """The value of mathematics: an equation's right side, several values, a range, a number, or the text itself."""
-    texts = [token.text for token in tokens]
-    if is_whole and "=" in texts:
+    if is_whole and any(token.text == "=" for token in tokens):
         tokens = _last_step(tokens, plain)
-        texts = [token.text for token in tokens]
+    texts = [token.text for token in tokens]
     if is_whole and "=" in texts and (right := _right_side(tokens)):
         return _parse(right, plain)
     parts, separators = _split(tokens, SEPARATORS | {"and", "or"})

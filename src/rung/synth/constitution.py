@@ -7,6 +7,7 @@ often agree with people no more than chance does, and their rows then say NOT TR
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -18,7 +19,7 @@ from rung.config.io import config_to_dict
 from rung.console import ProgressBar, print_status
 from rung.errors import DataError
 from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
-from rung.inference.ask import AnswerModel, Conversation
+from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_constitution_page
 from rung.results import ConstitutionResult, CriticAgreement
@@ -33,11 +34,9 @@ from rung.synth.constitution_rows import (
     shown_revisions,
 )
 from rung.synth.constitution_sources import ConstitutionSources
-from rung.synth.feedback import Comparing, LabeledPair, agreement_with_people, label_pairs
-from rung.synth.filters import check_incomplete
+from rung.synth.feedback import FeedbackModel, LabeledPair, agreement_with_people, label_pairs
 from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, forget_rows, kept_result
-from rung.synth.principles import dialogue
-from rung.synth.revisions import RevisedAnswer, Revising
+from rung.synth.revisions import RevisedAnswer, RevisionRounds
 from rung.synth.writer import Writer, journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
 
@@ -74,14 +73,14 @@ class Constitution:
 
         self.teacher = Writer(teacher, teacher_config, journal(teacher))
         self.critic = Writer(critic, critic_config, journal(critic))
-        self.comparing = Comparing(self.synth, self.critic, sources.transcripts, config.seed)
+        self.feedback = FeedbackModel(self.synth, self.critic, sources.transcripts, config.seed)
 
     def agreement(self) -> CriticAgreement | None:
         """What the critic's preferences are worth; None without labels of people."""
         if not self.sources.labeled:
             return None
         print_status("the critic compares the pairs that people labeled")
-        return agreement_with_people(self.comparing, self.sources.labeled, self.sources.people, self.config.seed)
+        return agreement_with_people(self.feedback, self.sources.labeled, self.sources.people, self.config.seed)
 
     def revised(self, makes: RevisionsConfig) -> list[RevisedAnswer]:
         """The answers to all seeds with their revisions."""
@@ -91,7 +90,7 @@ class Constitution:
             def show(done: int, revisions: int) -> None:
                 bar.advance(done - bar.done, revisions=f"{revisions:,}")
 
-            return Revising(self.synth, makes, self.sources, writers, self.config.seed, show).run()
+            return RevisionRounds(self.synth, makes, self.sources, writers, self.config.seed, show).run()
 
     def labeled(self, makes: PreferencesConfig) -> list[LabeledPair]:
         """The pairs of answers to all seeds with their probabilities."""
@@ -100,25 +99,20 @@ class Constitution:
             def show(done: int, pairs: int) -> None:
                 bar.advance(done - bar.done, pairs=f"{pairs:,}")
 
-            return label_pairs(self.comparing, makes, self.teacher, self.sources, show)
+            return label_pairs(self.feedback, makes, self.teacher, self.sources, show)
 
     def helpful(self) -> list[dict[str, Any]]:
         """Rows that are added unrevised; the teacher answers those without an answer."""
-        missing = [seed for seed in self.sources.helpful if not seed.answer]
-        asked = [Conversation(tuple(dialogue(seed.turns, seed.context, "")[:-1])) for seed in missing]
-        replies = self.teacher.answers(asked, [self.config.seed, _HELPFUL_STAGE]) if asked else []
-        written: dict[int, str] = {}
-        for seed, reply in zip(missing, replies, strict=True):
-            text = "" if isinstance(reply, str) else reply[0].text.strip()
-            if not isinstance(reply, str) and check_incomplete("answer", text, reply[0].stopped) is None:
-                written[id(seed)] = text
-        if lost := len(missing) - len(written):
+        helpful = self.sources.helpful
+        missing = [i for i, seed in enumerate(helpful) if not seed.answer]
+        replies = self.teacher.answers([helpful[i].conversation for i in missing], [self.config.seed, _HELPFUL_STAGE])
+        answers = [seed.answer for seed in helpful]
+        for i, reply in zip(missing, replies, strict=True):
+            if not isinstance(reply, str) and reply[0].stopped:
+                answers[i] = reply[0].text.strip()
+        if lost := answers.count(""):
             print_status(f"{lost:,} helpful rows are left out: the teacher gave no whole answer")
-        return [
-            helpful_row(seed, seed.answer or written[id(seed)])
-            for seed in self.sources.helpful
-            if seed.answer or id(seed) in written
-        ]
+        return [helpful_row(seed, answer) for seed, answer in zip(helpful, answers, strict=True) if answer]
 
 
 def constitution(config: ConstitutionRunConfig, *, overwrite: bool = False) -> ConstitutionResult:
@@ -177,26 +171,24 @@ def _write(
     synth, config = work.synth, about["config"]
     answers = [item for item in outcome if isinstance(item, RevisedAnswer)]
     pairs = [item for item in outcome if isinstance(item, LabeledPair)]
-    made = [*revision_rows(answers), *preference_rows(pairs)]
+    rows = [*revision_rows(answers), *preference_rows(pairs)]
     rejected = list(rejected_rows(outcome))
-    counts: dict[str, int] = {}
-    for row in rejected:
-        counts[row["filter"]] = counts.get(row["filter"], 0) + 1
+    counts = Counter(row["filter"] for row in rejected)
     write_json_lines(folder / REJECTED_FILE, rejected)
-    if not made:
-        given = ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "every revision is unchanged"
+    if not rows:
+        reasons = ", ".join(f"{name}: {count:,}" for name, count in counts.items()) or "every revision is unchanged"
         hint = "look at rejected.jsonl, or at rung synth constitution --preview 5"
-        raise DataError("no answer was revised" if answers else "no pair was labeled", given=given, hint=hint)
-    write_json_lines(folder / ROWS_FILE, [*made, *helpful])
+        raise DataError("no answer was revised" if answers else "no pair was labeled", given=reasons, hint=hint)
+    write_json_lines(folder / ROWS_FILE, [*rows, *helpful])
     costs = {"teacher": work.teacher.cost.result(synth.teacher.price)}
     costs["critic"] = work.critic.cost.result((synth.critic or synth.teacher).price)
     result = ConstitutionResult(
         output=str(folder / ROWS_FILE),
         makes=synth.makes.kind,
-        rows=len(made) + len(helpful),
+        rows=len(rows) + len(helpful),
         helpful=len(helpful),
         seeds=len(work.sources.seeds),
-        rejected=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        rejected=dict(counts.most_common()),
         rounds=round_summaries(answers, synth.makes.rounds) if isinstance(synth.makes, RevisionsConfig) else (),
         critic=agreement,
         costs=costs,
@@ -205,6 +197,6 @@ def _write(
     facts: dict[str, Any] = {"teacher": synth.teacher.model, "teacher_identity": dict(work.teacher.model.identity)}
     facts |= {"critic": (synth.critic or synth.teacher).model, "critic_identity": dict(work.critic.model.identity)}
     facts |= {"trusted": None if agreement is None else agreement.trusted, "sha256": digest(folder / ROWS_FILE)}
-    write_constitution_page(folder, result, config, made, rejected)
+    write_constitution_page(folder, result, config, rows, rejected)
     write_json(folder / SYNTH_FILE, {**about, **facts, "result": result.to_json()})  # last: it says that all is there
     return result

@@ -20,9 +20,9 @@ from rung.results import CriticAgreement
 from rung.scoring.pairwise import Outcome, majority
 from rung.scoring.stats import score_interval
 from rung.synth.constitution_sources import ConstitutionSources
-from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
-from rung.synth.principles import CHOICE, OPTIONS, REASONS, Compared, Transcripts, dialogue
-from rung.synth.revisions import SEEDS_PER_ROUND, check_roles
+from rung.synth.filters import LanguageFilter, Rejection
+from rung.synth.principles import CHOICE, OPTIONS, REASONS, AnswerComparison, Transcripts
+from rung.synth.revisions import SEEDS_PER_ROUND, check_text, draw_rule
 from rung.synth.sources import Seed
 from rung.synth.writer import Writer
 from rung.types import Message
@@ -47,8 +47,8 @@ class LabeledPair:
     rejection: Rejection | None = None
 
 
-class Comparing:
-    """The comparisons of one critic by the rules of a constitution."""
+class FeedbackModel:
+    """A critic that compares answers by the rules of a constitution (Bai et al. 2022 call it the feedback model)."""
 
     def __init__(self, config: ConstitutionConfig, critic: Writer, transcripts: Transcripts, seed: int) -> None:
         """The critic writes reasons where the config asks for them."""
@@ -57,7 +57,7 @@ class Comparing:
         self._reasons = isinstance(config.makes, PreferencesConfig) and config.makes.reasoning
 
     def probabilities(
-        self, pairs: Sequence[Compared], rules: Sequence[PrincipleConfig], stage: Sequence[int]
+        self, pairs: Sequence[AnswerComparison], rules: Sequence[PrincipleConfig], stage: Sequence[int]
     ) -> NDArray[np.float64]:
         """P(first is better) of each pair in both orders, [P, 2]; NaN where the critic gives no verdict."""
         places = [(i, swapped) for i in range(len(pairs)) for swapped in (False, True)]
@@ -74,13 +74,13 @@ class Comparing:
         return np.stack([shown_first[:, 0], 1.0 - shown_first[:, 1]], axis=1)
 
     def _asked(
-        self, pair: Compared, rule: PrincipleConfig, *, swapped: bool, instruction: str = CHOICE
+        self, pair: AnswerComparison, rule: PrincipleConfig, *, swapped: bool, instruction: str = CHOICE
     ) -> Conversation:
         return Conversation((*self.examples, pair.request(rule, swapped=swapped, instruction=instruction)))
 
     def _with_reasons(
         self,
-        pairs: Sequence[Compared],
+        pairs: Sequence[AnswerComparison],
         rules: Sequence[PrincipleConfig],
         places: Sequence[tuple[int, bool]],
         stage: Sequence[int],
@@ -97,7 +97,7 @@ class Comparing:
 
 
 def label_pairs(
-    comparing: Comparing,
+    feedback: FeedbackModel,
     makes: PreferencesConfig,
     teacher: Writer,
     sources: ConstitutionSources,
@@ -107,18 +107,17 @@ def label_pairs(
 
     `on_round` receives the numbers of seeds and of labeled pairs so far.
     """
-    config, labeled, seeds = comparing.config, list[LabeledPair](), sources.seeds
+    config, labeled, seeds = feedback.config, list[LabeledPair](), sources.seeds
     per_seed = makes.pairs_per_question
     for start in range(0, len(seeds), SEEDS_PER_ROUND):
         part = seeds[start : start + SEEDS_PER_ROUND]
-        asked = [Conversation(tuple(dialogue(seed.turns, seed.context, "")[:-1])) for seed in part]
-        replies = teacher.answers(asked, [comparing.seed, 0, start], samples=2 * per_seed)
+        replies = teacher.answers([seed.conversation for seed in part], [feedback.seed, 0, start], samples=2 * per_seed)
         pairs = [
             _sampled_pair(config, (start + i) * per_seed + k, part[i], reply, k, sources.language)
             for i, reply in enumerate(replies)
             for k in range(per_seed)
         ]
-        labeled += _labeled(comparing, makes.probability_range, pairs, start)
+        labeled += _labeled(feedback, makes.probability_range, pairs, start)
         on_round(start + len(part), sum(pair.rejection is None for pair in labeled))
     return labeled
 
@@ -135,31 +134,23 @@ def _sampled_pair(
     pair = LabeledPair(number, seed)
     if isinstance(reply, str):
         return replace(pair, rejection=Rejection("failed", reply))
-    answers = reply[2 * place : 2 * place + 2]
-    first, second = (answer.text.strip() for answer in answers)
-    rejection = None
-    for answer in answers:
-        text = answer.text.strip()
-        rejection = rejection or check_incomplete("answer", text, answer.stopped)
-        rejection = rejection or (check_roles(text) if config.filters.roles else None)
-        rejection = rejection or check_answer_length(text, config.filters.max_answer_words)
-        rejection = rejection or (language.check(text) if language is not None else None)
+    answers = [(answer.text.strip(), answer.stopped) for answer in reply[2 * place : 2 * place + 2]]
+    checks = (check_text("answer", text, stopped, config.filters, language) for text, stopped in answers)
+    rejection = next(filter(None, checks), None)
+    (first, _), (second, _) = answers
     if rejection is None and first == second:
         rejection = Rejection("tie", "both answers are the same")
     return replace(pair, first=first, second=second, rejection=rejection)
 
 
 def _labeled(
-    comparing: Comparing, limits: tuple[float, float], pairs: Sequence[LabeledPair], start: int
+    feedback: FeedbackModel, limits: tuple[float, float], pairs: Sequence[LabeledPair], start: int
 ) -> list[LabeledPair]:
     """The pairs with the critic's probabilities."""
-    config, open_pairs = comparing.config, [pair for pair in pairs if pair.rejection is None]
-    rules = []
-    for pair in open_pairs:
-        chance = np.random.default_rng([comparing.seed, pair.number])
-        rules.append(config.principles[int(chance.integers(len(config.principles)))])
-    compared = [Compared(p.seed.turns, p.seed.context, p.first, p.second) for p in open_pairs]
-    by_order = comparing.probabilities(compared, rules, (1, start)).tolist() if compared else []
+    config, open_pairs = feedback.config, [pair for pair in pairs if pair.rejection is None]
+    rules = [draw_rule(config.principles, feedback.seed, pair.number) for pair in open_pairs]
+    compared = [AnswerComparison(p.seed.turns, p.seed.context, p.first, p.second) for p in open_pairs]
+    by_order = feedback.probabilities(compared, rules, (1, start)).tolist() if compared else []
     low, high = limits
     found: dict[int, LabeledPair] = {}
     for pair, rule, (as_first, as_second) in zip(open_pairs, rules, by_order, strict=True):
@@ -176,7 +167,7 @@ def _labeled(
 
 
 def agreement_with_people(
-    comparing: Comparing, labeled: Sequence[AnswerPair], people: Sequence[Sequence[Outcome | None]], seed: int
+    feedback: FeedbackModel, labeled: Sequence[AnswerPair], people: Sequence[Sequence[Outcome | None]], seed: int
 ) -> CriticAgreement:
     """How often the critic prefers what most people prefer; its preference is the mean over all rules and both orders.
 
@@ -185,13 +176,15 @@ def agreement_with_people(
     """
     majorities = [majority(labels) for labels in people]
     usable = [i for i, label in enumerate(majorities) if label in ("first", "second")]
-    principles = comparing.config.principles
+    principles = feedback.config.principles
     compared = [
-        Compared((Message("user", labeled[i].question),), labeled[i].context, labeled[i].first, labeled[i].second)
+        AnswerComparison(
+            (Message("user", labeled[i].question),), labeled[i].context, labeled[i].first, labeled[i].second
+        )
         for i in usable
     ]
     rules = [rule for rule in principles for _ in compared]
-    by_order = comparing.probabilities(compared * len(principles), rules, (2, 0)) if compared else np.empty((0, 2))
+    by_order = feedback.probabilities(compared * len(principles), rules, (2, 0)) if compared else np.empty((0, 2))
     by_rule = by_order.mean(axis=1).reshape(len(principles), -1)  # [rules, pairs]
     unreadable = int(np.isnan(by_rule).any(axis=0).sum())
     if not usable or np.isnan(by_rule).all():

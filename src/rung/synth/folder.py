@@ -14,6 +14,7 @@ from typing import Any
 
 from rung.errors import CheckpointError
 from rung.files import SYNTH_FILE
+from rung.report.synth import REPORT_FILE
 from rung.synth.writer import JOURNAL_PATTERN
 from rung.training.run_folder import read_json
 
@@ -44,7 +45,7 @@ def finished_manifest(folder: Path) -> dict[str, Any] | None:
 
 def forget_rows(folder: Path) -> None:
     """Remove rows of another config before new ones are made: what ends without rows leaves no others there."""
-    for name in (SYNTH_FILE, ROWS_FILE, REJECTED_FILE):
+    for name in (SYNTH_FILE, ROWS_FILE, REJECTED_FILE, REPORT_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

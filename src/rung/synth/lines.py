@@ -9,6 +9,7 @@ from typing import Any
 
 from rung.console import add_text_row
 from rung.report.formatting import empty_table, format_duration, format_estimate, render_lines
+from rung.report.synth import REPORT_FILE
 from rung.results import ConstitutionResult, Estimate, ImproveResult, JudgeAgreement, SynthCost, SynthResult
 
 PREVIEW_CHARACTERS = 300
@@ -28,7 +29,7 @@ def synth_lines(result: SynthResult) -> list[str]:
     shown = f"{result.compared_questions:,} questions"
     lines.append(f"diversity: {result.diversity:.2f} of the word pairs of {shown} are distinct{seeds}")
     lines += cost_lines("cost", result.cost)
-    lines.append(f"report  {Path(result.output).parent / 'report.html'}")
+    lines.append(f"report  {Path(result.output).parent / REPORT_FILE}")
     return lines + _judge_lines(result.judge)
 
 
@@ -54,7 +55,7 @@ def constitution_lines(result: ConstitutionResult) -> list[str]:
     helpful = f", {result.helpful:,} of them helpful rows as they are" if result.helpful else ""
     lines = [f"{result.rows:,} rows in {result.output}{helpful}, from {result.seeds:,} questions"]
     if result.rounds:
-        table = empty_table(["round", "revised", "unchanged", "declining", "words"])
+        table = empty_table(["round", "revised", "unchanged", "refusing", "words"])
         for r in result.rounds:
             counts = [f"{n:,}" if r.number else "\u2013" for n in (r.revised, r.unchanged)]
             add_text_row(table, str(r.number), *counts, f"{r.refusing:.0%}", f"{r.words:.0f}")
@@ -73,7 +74,7 @@ def constitution_lines(result: ConstitutionResult) -> list[str]:
         lines.append("critic: not measured, synth.human_labels names no pairs that people labeled")
     else:
         lines.append(f"critic: {'trusted' if result.critic.trusted else 'NOT TRUSTED'}, {result.critic.reason}")
-    return [*lines, f"report  {Path(result.output).parent / 'report.html'}"]
+    return [*lines, f"report  {Path(result.output).parent / REPORT_FILE}"]
 
 
 def revision_lines(items: Sequence[Mapping[str, Any]]) -> list[str]:

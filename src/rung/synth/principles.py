@@ -48,7 +48,7 @@ def _put(text: str, rule: PrincipleConfig) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class AnswerComparison:
     """Two answers to one conversation."""
 
     turns: tuple[Message, ...]
@@ -108,7 +108,7 @@ class Transcripts:
         turns = []
         for number, row in enumerate(self.comparisons):
             swapped = bool(number % 2)
-            pair = Compared((Message("user", row["question"]),), None, row["first"], row["second"])
+            pair = AnswerComparison((Message("user", row["question"]),), None, row["first"], row["second"])
             option = OPTIONS[(row["better"] == "second") != swapped]
             request = pair.request(self._principle(row["rule"]), swapped=swapped, instruction=CHOICE)
             turns += [request, Message("assistant", option)]
@@ -124,11 +124,6 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
         hint = f"a worked example has {', '.join(_REVISED)} and critique, or {', '.join(_COMPARED)}"
         raise DataError(f"no text in column {name}", where=where, given=text, hint=hint)
     return text
-
-
-def dialogue(turns: Sequence[Message], context: str | None, answer: str) -> list[Message]:
-    """The turns of a conversation, its context before the first one, and an answer to it."""
-    return [*turns_with_context(turns, context), Message("assistant", answer)]
 
 
 def critique_dialogue(examples: Sequence[Message], answered: Sequence[Message], rule: PrincipleConfig) -> Conversation:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rung.config.constitution import ConstitutionConfig, PrincipleConfig, RevisionsConfig
-from rung.inference.ask import Answer, Conversation
+from rung.config.constitution import ConstitutionConfig, PrincipleConfig, RevisionFiltersConfig, RevisionsConfig
+from rung.inference.ask import Answer
 from rung.synth.constitution_sources import ConstitutionSources
-from rung.synth.filters import Rejection, check_answer_length, check_incomplete
-from rung.synth.principles import critique_dialogue, dialogue, revision_dialogue
+from rung.synth.filters import LanguageFilter, Rejection, check_answer_length, check_incomplete
+from rung.synth.principles import critique_dialogue, revision_dialogue
 from rung.synth.sources import Seed
 from rung.synth.writer import Writer
 from rung.types import Message
@@ -83,7 +83,24 @@ def check_preface(text: str) -> Rejection | None:
     return Rejection("prefaces", f"it announces itself: {match.group(0)!r}") if match else None
 
 
-class Revising:
+def check_text(
+    name: str, text: str, stopped: bool, filters: RevisionFiltersConfig, language: LanguageFilter | None
+) -> Rejection | None:
+    """The first filter that an answer or a revision, by its `name`, does not pass."""
+    return (
+        check_incomplete(name, text, stopped)
+        or (check_roles(text) if filters.roles else None)
+        or check_answer_length(text, filters.max_answer_words)
+        or (language.check(text) if language is not None else None)
+    )
+
+
+def draw_rule(principles: Sequence[PrincipleConfig], *place: int) -> PrincipleConfig:
+    """The rule of one answer or pair, by the seed and its place: it depends on no other."""
+    return principles[int(np.random.default_rng(place).integers(len(principles)))]
+
+
+class RevisionRounds:
     """The rounds of critiques and revisions of one `rung synth constitution`."""
 
     def __init__(
@@ -117,9 +134,7 @@ class Revising:
     def _first_answers(self, answers: Sequence[RevisedAnswer]) -> list[RevisedAnswer]:
         if self.makes.answers == "seeds":
             return [replace(answer, first=answer.seed.answer) for answer in answers]
-        # the question as it is, with its context
-        asked = [Conversation(tuple(dialogue(a.seed.turns, a.seed.context, "")[:-1])) for a in answers]
-        replies = self.teacher.answers(asked, [self.seed, 0, answers[0].number])
+        replies = self.teacher.answers([a.seed.conversation for a in answers], [self.seed, 0, answers[0].number])
         return [self._first(answer, reply) for answer, reply in zip(answers, replies, strict=True)]
 
     def _first(self, answer: RevisedAnswer, reply: tuple[Answer, ...] | str) -> RevisedAnswer:
@@ -130,8 +145,9 @@ class Revising:
 
     def _revised(self, answers: Sequence[RevisedAnswer], number: int) -> list[RevisedAnswer]:
         """One round of critiques and revisions of all answers that are still in."""
-        rules = {a.number: self._drawn_rule(a.number, number) for a in answers if a.rejection is None}
-        critiques = self._critiques([a for a in answers if a.rejection is None], rules, number)
+        open_answers = [a for a in answers if a.rejection is None]
+        rules = {a.number: draw_rule(self.config.principles, self.seed, a.number, number) for a in open_answers}
+        critiques = self._critiques(open_answers, rules, number)
         answers = [replace(a, rejection=_rejection(critiques.get(a.number)) or a.rejection) for a in answers]
         open_answers = [a for a in answers if a.rejection is None]
         conversations = [
@@ -176,22 +192,11 @@ class Revising:
         return replace(answer, revisions=(*answer.revisions, replace(revision, text=text)))
 
     def _check(self, text: str, stopped: bool) -> Rejection | None:
-        filters = self.config.filters
-        rejection = check_incomplete("revision", text, stopped)
-        if rejection is None and filters.roles:
-            rejection = check_roles(text)
-        if rejection is None and filters.prefaces:
-            rejection = check_preface(text)
-        rejection = rejection or check_answer_length(text, filters.max_answer_words)
-        return rejection or (self._language.check(text) if self._language is not None else None)
+        rejection = check_text("revision", text, stopped, self.config.filters, self._language)
+        return rejection or (check_preface(text) if self.config.filters.prefaces else None)
 
     def _dialogue(self, answer: RevisedAnswer) -> list[Message]:
-        return dialogue(answer.seed.turns, answer.seed.context, answer.last)
-
-    def _drawn_rule(self, number: int, round_number: int) -> PrincipleConfig:
-        """The rule of one answer in one round: it depends on no other answer."""
-        chance = np.random.default_rng([self.seed, number, round_number])
-        return self.config.principles[int(chance.integers(len(self.config.principles)))]
+        return [*answer.seed.conversation.turns, Message("assistant", answer.last)]
 
 
 def _rejection(critique: str | Rejection | None) -> Rejection | None:

@@ -19,9 +19,7 @@ import numpy as np
 from rung.config.synth import TeachConfig
 from rung.console import print_status
 from rung.errors import DataError
-from rung.inference.ask import Answer, AnswerModel, Conversation, without_reasoning
-from rung.inference.journal import Journal
-from rung.models.generate import Sampling
+from rung.inference.ask import Answer, Conversation
 from rung.runs.judge import AnsweredQuestion
 from rung.synth import requests
 from rung.synth.answer_scores import ScoreAnswers
@@ -38,7 +36,7 @@ from rung.synth.filters import (
 )
 from rung.synth.requests import WorkedExample
 from rung.synth.sources import TeachSources, made_record
-from rung.synth.writer import Cost
+from rung.synth.writer import Writer
 from rung.types import Message, Record
 
 QUESTIONS_PER_ROUND = 64
@@ -77,20 +75,19 @@ class Teaching:
         self,
         config: TeachConfig,
         sources: TeachSources,
-        teacher: AnswerModel,
+        teacher: Writer,
         score: ScoreAnswers | None,
-        journal: Journal,
         seed: int,
         on_round: Callable[[int, int], None],
     ) -> None:
         """`on_round` receives the numbers of kept rows and of tried questions after each round."""
-        self.config, self.sources, self.teacher, self.journal = config, sources, teacher, journal
+        self.config, self.sources, self.teacher = config, sources, teacher
         self.seed, self.on_round = seed, on_round
         self.kept: list[Draft] = []
         self.rejected: list[Draft] = []
         self.tried = self._round_start = 0
         self._seed_order, self._passage_order = sources.seed_order(seed), sources.passage_order(seed)
-        self.cost, self._score = Cost(), score
+        self._score = score
         filters = config.filters
         seeds = [seed.question for seed in sources.seeds]
         is_new = filters.novelty is not None and config.questions == "made"
@@ -139,28 +136,17 @@ class Teaching:
         self, drafts: Sequence[Draft], request: Callable[[Draft], Conversation], stage: int, samples: int = 1
     ) -> Iterator[tuple[Draft, tuple[Answer, ...]]]:
         """Each draft that is still in with the answers to its request; the others, and those that fail, without."""
-        asked = [draft for draft in drafts if draft.rejection is None]
-        settings = self.config.teacher
-        # a seed for each stage of each round: equal requests of two rounds are two samples
-        seed = int(np.random.SeedSequence([self.seed, stage, self._round_start]).generate_state(1)[0])
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, seed, samples)
-        conversations = [request(draft) for draft in asked]
-        # a failure is one more draft that is left out: asked again it might answer, and change all later rounds
-        options: Any = {"title": None, "keep_failures": True}
-        replies, failures = self.teacher.ask(conversations, sampling, self.journal, **options)
-        reasons = {asked[failure.index].number: failure.reason for failure in failures}
-        by_number = {draft.number: reply for draft, reply in zip(asked, replies, strict=True)}
-        self.cost.failed += len(failures)
+        open_drafts = [draft for draft in drafts if draft.rejection is None]
+        conversations = [request(draft) for draft in open_drafts]
+        replies = self.teacher.answers(conversations, [self.seed, stage, self._round_start], samples)
+        by_number = {draft.number: reply for draft, reply in zip(open_drafts, replies, strict=True)}
         for draft in drafts:
-            reply = by_number.get(draft.number)
-            if reply is not None:
-                self.cost.add(reply)
-                yield draft, tuple(map(without_reasoning, reply.answers))
-            elif draft.rejection is None:
-                reason = reasons.get(draft.number, "no answer")
-                yield replace(draft, rejection=Rejection("failed", reason)), ()
+            reply = by_number.get(draft.number, ())
+            if isinstance(reply, str):
+                # one more draft that is left out
+                yield replace(draft, rejection=Rejection("failed", reply)), ()
             else:
-                yield draft, ()
+                yield draft, reply
 
     def _questions(self, numbers: range) -> list[Draft]:
         """The questions of a round: those of seeds, or new ones."""

@@ -15,7 +15,7 @@ from rung.synth.teach import teach
 def synthesize(config: SynthRunConfig, *, overwrite: bool = False) -> SynthResult | ImproveResult | ConstitutionResult:
     """Make the rows of a config, or improve its model, in its output folder; the same call continues after a stop.
 
-    Raises `CheckpointError` for a folder of another config; `overwrite` replaces rows of a teacher there, and what it
+    Raises `CheckpointError` for a folder of another config; `overwrite` replaces the rows there, and what was
     answered is not asked again. Raises `ConfigError` for `overwrite` with `improve`, whose rounds are trained models.
     """
     if isinstance(config, ConstitutionRunConfig):

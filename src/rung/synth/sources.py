@@ -15,12 +15,14 @@ from rung.config.data import DataConfig
 from rung.config.evaluation import RetrievalConfig
 from rung.config.synth import TeachConfig
 from rung.console import print_status
+from rung.data.chat import turns_with_context
 from rung.data.columns import SYNONYMS
 from rung.data.formats import LoadedRows, proposes_data_settings
 from rung.data.rows import columns_of
 from rung.data.splits import load_sets
 from rung.errors import DataError
 from rung.evaluation.retrieval import read_documents, split_passages
+from rung.inference.ask import Conversation
 from rung.synth.filters import LeakFilter, Rejection, check_refusal
 from rung.synth.requests import WorkedExample
 from rung.types import Message, Record, Source
@@ -60,6 +62,11 @@ class Seed:
     def source(self) -> str:
         """File and line."""
         return str(self.record.source)
+
+    @property
+    def conversation(self) -> Conversation:
+        """Its question as a user asks it, with the context."""
+        return Conversation(tuple(turns_with_context(self.turns, self.context)))
 
     @property
     def worked_example(self) -> WorkedExample:

@@ -22,7 +22,7 @@ from rung.synth.filters import diversity
 from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, forget_rows, kept_result
 from rung.synth.rounds import Draft, Teaching, require_rows
 from rung.synth.sources import TeachSources
-from rung.synth.writer import journal_path, open_writer, previewed_replies, previews_folder
+from rung.synth.writer import Writer, journal_path, open_writer, previewed_replies, previews_folder
 from rung.training.run_folder import write_json
 
 
@@ -104,7 +104,8 @@ def _teach(config: TeachConfig, parts: _Parts, journal: Journal, seed: int) -> T
         def show(kept: int, tried: int) -> None:
             bar.advance(min(kept, total) - bar.done, kept=f"{kept / tried:.0%} of {tried:,} questions")
 
-        teaching = Teaching(config, parts.sources, parts.teacher, parts.score, journal, seed, show)
+        writer = Writer(parts.teacher, config.teacher, journal)
+        teaching = Teaching(config, parts.sources, writer, parts.score, seed, show)
         teaching.run()
     return teaching
 
@@ -145,7 +146,7 @@ def _write(
         wanted=config.synth.rows,
         tried=teaching.tried,
         rejected=dict(teaching.rejections().most_common()),
-        cost=teaching.cost.result(config.synth.teacher.price),
+        cost=teaching.teacher.cost.result(config.synth.teacher.price),
         **_diversities([s.question for s in teaching.sources.seeds], [draft.question for draft in teaching.kept]),
         judge=parts.judge,
     )
