@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,14 +14,22 @@ from torch.distributed.tensor import DTensor
 from builders import documents, policy_of
 from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
+from rung.config.model import ModelConfig
 from rung.config.objective import PreferenceConfig, SftConfig
 from rung.config.training import TrainingConfig
 from rung.methods.registry import attach_method
+from rung.models import weight_files
 from rung.models.fused_modules import install_fused_forwards
+from rung.models.load import load_base
+from rung.models.packing import pack
+from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
+from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
+from rung.training.fsdp import shard_policy
 from rung.training.run_folder import RunFolder
+from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
 from rung.types import Example
 
@@ -61,6 +70,9 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
     policy = policy_of(model, method)
     if kind == "full":  # which leaves no base to compare with
         policy.reference = policy_of(tiny_model(dtype=torch.float64))
+    if sharded:
+        shard_policy(policy, method, fused=True)
+        world = replace(world, sharded=True)
     trainer = Trainer(
         policy,
         method,
@@ -71,7 +83,6 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
         seed=5,
         folder=folder,
         world=world,
-        in_parts=bool(sharded),
     )
     data = rows(aim)
     trainer.run(data[:-6], data[-6:])
@@ -104,3 +115,53 @@ def other_size(arguments: list[str]) -> None:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     Path(output).with_suffix(f".{distributed.os.environ['RANK']}").write_text(json.dumps(said))
+
+
+def load_in_parts(arguments: list[str]) -> None:
+    """Load each case whole and in parts: log-probabilities, starts, and the bytes that this process reads."""
+    bases, output, cases = Path(arguments[0]), Path(arguments[1]), json.loads(arguments[2])
+    found: dict[str, Any] = {}
+    with join_process_group() as world:
+        for case, (shape, settings) in cases.items():
+            kind = "full" if case == "full" else "lora"
+            found[case] = _loaded(world, bases / shape, METHOD_CONFIGS[kind](**settings))
+        output.with_suffix(f".{world.rank}").write_text(json.dumps(found))
+
+
+def _loaded(world: World, folder: Path, config: Any) -> dict[str, Any]:
+    batch = pack(documents(count=6), 10_000)[0]
+    logprobs, starts, fused = [], [], []
+    read_bytes = 0
+    read = weight_files._read_into
+
+    def note(stream: Any, part: torch.Tensor, source: Any) -> None:
+        nonlocal read_bytes
+        read_bytes += part.nbytes
+        read(stream, part, source)
+
+    weight_files._read_into = note
+    for in_parts in (False, True):
+        model = ModelConfig(name=str(folder), dtype="float32")
+        base = load_base_in_parts(model, world, trains_base=config.kind == "full") if in_parts else load_base(model)
+        method = attach_method(base.model, config, seed=0)
+        policy = Policy(base, method)
+        if in_parts:
+            shard_policy(policy, method, fused=True)
+        objective = OBJECTIVES["sft"](SftConfig())
+        if method.sample_size:
+            method.calibrate(CalibrationBatch(policy, objective, documents(count=6), 200))
+        trainable = {**method.trainable(), **{f"offset {i}": p for i, p in enumerate(getattr(method, "_offsets", ()))}}
+        starts.append({name: p.detach() for name, p in trainable.items() if not isinstance(p, DTensor)})
+        logprobs.append(policy.logprobs(batch).detach())
+        fused.append([name for name, m in base.model.named_modules() if "forward" in vars(m)])
+    weight_files._read_into = read
+    layers = [p for n, p in base.model.named_parameters() if ".0." in n or ".1." in n or config.kind == "full"]
+    local = [p.to_local() for p in layers if isinstance(p, DTensor)]
+    return {
+        "logprobs": float((logprobs[0] - logprobs[1]).abs().max()),
+        "starts": max([float((starts[0][n] - p).abs().max()) for n, p in starts[1].items()] or [0.0]),
+        "same fused": fused[0] == fused[1] and bool(fused[0]),
+        "read": read_bytes,
+        "local": sum(p.nbytes for p in local),
+        "whole": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("zygote")
-    found = Zygote(folder / "log", PYTHONPATH=f"{HERE}:{HERE.parent}")
+    found = Zygote(folder / "log", PYTHONPATH=f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}")
     yield found
     found.close()
 
@@ -83,6 +83,35 @@ def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, obje
         assert sum(held) == whole and max(held) < 1.1 * whole / size
 
 
+LOADED_IN_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("llama", {}),
+    "head": ("gemma", {"modules_to_save": ("lm_head",)}),
+    "pissa": ("gpt2", {"init": "pissa"}),
+    "corda": ("qwen2", {"init": "corda"}),
+    "dora": ("phi3", {"dora": True}),
+}
+"""Shape of the base and settings of the method, by a name of the case."""
+
+
+def test_each_process_reads_its_rows_alone(zygote: Zygote, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Nobody holds or reads the whole base; what computes is bit for bit the base that one process loads.
+
+    Starts that need whole matrices gather one at a time: PiSSA's, CorDA's, and DoRA's magnitudes.
+    """
+    for shape, _ in LOADED_IN_PARTS.values():
+        tiny_model(shape, num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path / shape)
+        tiny_tokenizer.save_pretrained(tmp_path / shape)
+    children = zygote.launch(2, tmp_path, tmp_path / "found", json.dumps(LOADED_IN_PARTS), call="shared:load_in_parts")
+    assert [zygote.wait(child) for child in children] == [0, 0], zygote.log.read_text()[-3000:]
+    ranks = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
+    for case in LOADED_IN_PARTS:
+        for found in (rank[case] for rank in ranks):
+            assert found["logprobs"] < 1e-5 and found["starts"] < 1e-5, (case, found)
+            assert found["same fused"], case
+            # its rows, and what every process holds: under full vectors, else embeddings, last norm and head
+            assert found["local"] < found["read"] < found["whole"] - 0.9 * found["local"], (case, found)
+
+
 @pytest.mark.parametrize("mutation", ["counts of its own", "no sum of gradients"])
 def test_wrong_sums_are_another_run(zygote: Zygote, mutation: str, tmp_path: Path) -> None:
     alone = steps(zygote, 1, "lora", "sft", tmp_path / "1")
@@ -116,8 +145,11 @@ def torchrun(size: int, *arguments: object) -> list[str]:
 
 
 def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -> None:
-    """One folder, one voice, the losses of one process; and it goes on in one process what two began."""
-    given = ("training.checkpoint_every=3", "data.validation=0.2", "training.eval_every=3")
+    """One folder, one voice, the losses of one process; and it goes on in one process what two began.
+
+    The start is computed from whole matrices, which processes that share the base gather one at a time.
+    """
+    given = ("training.checkpoint_every=3", "data.validation=0.2", "training.eval_every=3", "method.init=pissa")
     assert inside(capsys, "train", config, *given, f"output={tmp_path / 'alone'}")[0] == 0
     command = torchrun(2, "train", config, *given, f"output={tmp_path / 'two'}", "--json")
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -133,6 +165,9 @@ def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -
     parts = torchrun(2, "train", config, *given, f"output={tmp_path / 'parts'}", "model.sharded=true")
     found = subprocess.run(parts, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr
+    gates = [json.loads((tmp_path / run / "run.json").read_text())["gates"] for run in ("two", "parts")]
+    assert [gate["name"] for gate in gates[0]] == [gate["name"] for gate in gates[1]]
+    assert {gate["state"] for gate in gates[1]} == {"passed"}
     adapters = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("two", "parts"))
     whole, split = adapters
     assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 1e-4

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfig
+from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, LowRankConfig, QloraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import JudgeRewardConfig, ModelRewardConfig
 from rung.config.run import RunConfig
@@ -180,8 +180,11 @@ def process_refusal(config: RunConfig, processes: int, where: str = "WORLD_SIZE"
     if refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers):
         return PlanError(refusal, where=where, given=processes, hint="run it in one process")
     if config.model.sharded:
-        reference, moments = config.objective.reference_model, config.training.optimizer.state_dtype
-        if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
+        options = {"reference": config.objective.reference_model, "init": None}
+        if isinstance(config.method, LowRankConfig):
+            options["init"] = config.method.init
+        moments = config.training.optimizer.state_dtype
+        if refusal := sharding_refusal(config.method.kind, config.objective.kind, moments=moments, **options):
             return PlanError(refusal, where="model.sharded", hint="leave model.sharded out: replicas do")
     return None
 

@@ -260,8 +260,11 @@ def estimate_memory(
     resident = _resident_terms(config, shape, cost, compute, auxiliary or {})
     step = _step_terms(config, shape, cost, micro_batch)
     gradients = Term("gradients", 4 * (cost.trainable or 0), "float32")
+    loading = _card_loading_terms(config, shape, compute) if on_card else _loading_terms(config, shape, compute)
     if micro_batch.processes > 1 and config.model.sharded:
         resident, gradients = _sharded(config, shape, micro_batch.processes, [*resident, gradients])
+        # Each process reads its rows from the files, and nothing else.
+        loading = [term for term in resident if term.name in ("weights", "reference")]
         step = (
             *(gradients if term.name == "gradients" else term for term in step),
             _gathered_term(config, shape, compute),
@@ -270,7 +273,6 @@ def estimate_memory(
     heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products", "gathered")]
     # AdamW's two temporaries are as large as the tensor it updates. On a card it is one fused kernel without any.
     temporaries = Term("temporaries", 2 * 4 * cost.largest_tensor, "twice the largest tensor that moves")
-    loading = _card_loading_terms(config, shape, compute) if on_card else _loading_terms(config, shape, compute)
     stages = [
         Stage("loading", (*loading, *_library_terms(config))),
         Stage("steps", (*resident, *step)),
