@@ -49,14 +49,18 @@ def rows(objective: str) -> list[list[Example]]:
 def train(arguments: list[str]) -> None:
     """Ten steps; weights, losses and gradient norms go to a file, from the process that writes."""
     method, objective, output, mutation, *sharded = arguments
-    torch.set_default_dtype(torch.float64)
+    if not method.endswith("-bfloat16"):
+        torch.set_default_dtype(torch.float64)
     with join_process_group() as world:
         _mutate(mutation)
         _steps(world, method, objective, Path(output), sharded=bool(sharded))
 
 
 def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) -> None:
-    model = tiny_model(dtype=torch.float64)
+    compute = torch.bfloat16 if kind.endswith("-bfloat16") else torch.float32
+    kind = kind.removesuffix("-bfloat16")
+    dtype = torch.get_default_dtype()
+    model = tiny_model(dtype=dtype)
     install_fused_forwards(model)
     upper = kind == "lora-upper"  # what lies below does not move, and is computed once a document
     method = attach_method(model, METHOD_CONFIGS["lora"](layers=(1,)) if upper else METHOD_CONFIGS[kind](), seed=0)
@@ -67,9 +71,9 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
     config = SftConfig() if aim == "sft" else PreferenceConfig(beta=0.5)
     folder = RunFolder(output, {"gates": []}, writes=world.is_rank0)
     output.mkdir(parents=True, exist_ok=True)
-    policy = policy_of(model, method)
+    policy = policy_of(model, method, compute=compute)
     if kind == "full":  # which leaves no base to compare with
-        policy.reference = policy_of(tiny_model(dtype=torch.float64))
+        policy.reference = policy_of(tiny_model(dtype=dtype), compute=compute)
     if sharded:
         shard_policy(policy, method, fused=True)
         world = replace(world, sharded=True)

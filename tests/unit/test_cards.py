@@ -129,7 +129,8 @@ def test_processes_divide_what_they_share(model: Any) -> None:
         assert terms[1][name] == pytest.approx(terms[0][name] / 8, abs=1)
     assert terms[0]["activations"] == terms[1]["activations"] and "gathered" not in terms[0]
     layers, embeddings = 218_103_808, 128_256 * 4096
-    assert terms[1]["gathered"] == 4 * (3 * layers + 2 * embeddings)
+    # Two layers and the gradient of one in bfloat16, its copy in float32; the embeddings are widened as they arrive.
+    assert terms[1]["gathered"] == 10 * layers + 8 * embeddings
     adapter = config_of(model("8b"), "lora", sharded=True, training={"tokens_per_micro_batch": 1024})
     alone, shared = ({t.name: t.bytes for t in plan(adapter, "h200", n).plan.memory.stages[1].terms} for n in (1, 8))
     assert shared["moments"] == alone["moments"] and shared["adapter"] == alone["adapter"]
@@ -301,7 +302,7 @@ def test_the_table_of_cards_is_that_of_the_plan(model: Any) -> None:
             cells.append(f"{advice.micro_batch.tokens:,} tokens, {size}" if advice.plan.fits else f"no: {size}")
         assert f"| {' | '.join(cells)} |" in page
     # The sentence about full fine-tuning in parts.
-    for processes, tokens in ((2, "1,280"), (8, "15,104")):
+    for processes, tokens in ((2, "1,536"), (8, "15,360")):
         advice = plan(config_of(model("8b"), "full", sharded=True), "a100", processes)
         assert f"{advice.micro_batch.tokens:,}" == tokens and f"({tokens}" in page
 

@@ -465,8 +465,10 @@ def _gathered_term(config: RunConfig, shape: ModelShape, compute: str) -> Term:
     if config.method.kind != "full":
         width = DTYPE_BYTES[_base_dtype(config, shape, compute)]
         return Term("gathered", 2 * width * shape.linear_parameters, "two layers")
-    matrices = 3 * shape.linear_parameters + 2 * shape.embedding_parameters
-    return Term("gathered", 4 * matrices, "two layers, the gradient of one; the embeddings and their gradient")
+    # In bfloat16 layers and their gradients have two bytes, and the gradient is copied to be summed in float32.
+    layer_bytes = (3 * 2 + 4 if compute == "bfloat16" else 3 * 4) * shape.linear_parameters
+    size = layer_bytes + 2 * 4 * shape.embedding_parameters
+    return Term("gathered", size, "two layers, the gradient of one; the embeddings and their gradient")
 
 
 def _fragmentation(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> float:
