@@ -24,6 +24,7 @@ from rung.models.load import load_base
 from rung.models.packing import pack
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
+from rung.planning.memory import CPU_DOCUMENT_BYTES
 from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
@@ -32,6 +33,9 @@ from rung.training.run_folder import RunFolder
 from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
 from rung.types import Example
+
+LAYER_BYTES = 4 * 2 * (32 + 32 + 16 + 48)
+"""What a layer of the tiny model stores of a token, as it is planned."""
 
 
 def rows(objective: str) -> list[list[Example]]:
@@ -48,15 +52,19 @@ def rows(objective: str) -> list[list[Example]]:
 
 def train(arguments: list[str]) -> None:
     """Ten steps; weights, losses and gradient norms go to a file, from the process that writes."""
-    method, objective, output, mutation, *sharded = arguments
+    method, objective, output, mutation, *how = arguments
     if not method.endswith("-bfloat16"):
         torch.set_default_dtype(torch.float64)
     with join_process_group() as world:
         _mutate(mutation)
-        _steps(world, method, objective, Path(output), sharded=bool(sharded))
+        _steps(world, method, objective, Path(output), *how)
 
 
-def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) -> None:
+def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas") -> None:
+    """`how`: replicas, sharded, or recomputing: sharded, and rows of more than 20 tokens (pairs: 45) recompute layers."""
+    sharded, recomputes = how != "replicas", how == "recomputing"
+    packing: Any = "none" if recomputes else "tree"
+    limit = 20 if aim == "sft" else 45
     compute = torch.bfloat16 if kind.endswith("-bfloat16") else torch.float32
     kind = kind.removesuffix("-bfloat16")
     dtype = torch.get_default_dtype()
@@ -81,18 +89,27 @@ def _steps(world: World, kind: str, aim: str, output: Path, *, sharded: bool) ->
         policy,
         method,
         objective=OBJECTIVES[config.kind](config),
-        config=TrainingConfig(examples_per_step=9, epochs=10, max_steps=10, eval_every=5),
+        config=TrainingConfig(examples_per_step=9, epochs=10, max_steps=10, eval_every=5, packing=packing),
         peak_rate=1e-3,
         budget=120,
         seed=5,
         folder=folder,
         world=world,
+        document_bytes=limit * (1 if upper else 2) * LAYER_BYTES if recomputes else CPU_DOCUMENT_BYTES,
     )
+    recomputed, layers_of = list[int](), policy.layers_to_recompute
+
+    def note(tokens: int) -> range:
+        recomputed.append(len(layers_of(tokens)))
+        return layers_of(tokens)
+
+    policy.layers_to_recompute = note
     data = rows(aim)
     trainer.run(data[:-6], data[-6:])
     if sharded:
         held = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
         (output / f"held.{world.rank}").write_text(str(sum(map(torch.Tensor.numel, held))))
+        (output / f"recomputed.{world.rank}").write_text(json.dumps(recomputed))
     trainer.gather_model()
     folder.close()
     if world.is_rank0:

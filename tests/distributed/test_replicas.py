@@ -62,7 +62,8 @@ def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objecti
 def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, objective: str, tmp_path: Path) -> None:
     """FSDP2 gathers a layer at a time; the processes have unequal numbers of batches, and compute equal ones.
 
-    Of what moves, embeddings and head are in parts as well, and each process steps its rows alone.
+    Of what moves, embeddings and head are in parts as well, and each process steps its rows alone. Layers of long
+    documents are computed again, of each process other ones: what is gathered and summed stays in step.
     """
     alone = steps(zygote, 1, method, objective, tmp_path / "1")
     model = tiny_model()
@@ -72,15 +73,23 @@ def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, obje
         else (p for n, p in model.named_parameters() if n != "model.norm.weight")
     )
     whole = sum(p.numel() for p in split)
-    for size in (2, 4):
-        output = tmp_path / str(size)
-        shared = steps(zygote, size, method, objective, output, "none", "sharded")
+    ways = [(2, "sharded"), (4, "recomputing")]
+    if objective == "sft" and method != "lora-upper":
+        ways.append((2, "recomputing"))
+    for size, how in ways:
+        output = tmp_path / f"{size}-{how}"
+        shared = steps(zygote, size, method, objective, output, "none", how)
         assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
         for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
             assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-8)
         held = [int((output / f"held.{rank}").read_text()) for rank in range(size)]
         assert sum(held) == whole and max(held) < 1.1 * whole / size
+        layers = [json.loads((output / f"recomputed.{rank}").read_text()) for rank in range(size)]
+        if how == "sharded":
+            assert not any(map(any, layers))
+        else:  # of one micro-batch none, one or both layers, in every process of other ones
+            assert all(len(set(numbers)) > 1 for numbers in layers) and len(set(map(tuple, layers))) > 1
 
 
 LOADED_IN_PARTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -151,6 +151,9 @@ def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None
     advice = plan(config, "h100")
     activations = next(t for t in advice.plan.memory.largest_stage.terms if t.name == "activations")
     assert advice.micro_batch.tokens == 4096 and "layers recomputed" in activations.source and advice.plan.fits
+    in_parts = config_of(model("70b"), "lora", sharded=True, data={"path": "rows.jsonl", "max_length": 16_384})
+    activations = next(t for t in plan(in_parts, "h100", 8).plan.memory.stages[1].terms if t.name == "activations")
+    assert " layers recomputed" in activations.source
     budget, document_bytes = auto_budget(config, read_shape(config.model), DEVICES["h100"])
     # Eighty layers of the base, 14.7 MB a token.
     assert document_bytes == budget * 80 * 2 * 2 * (8192 + 8192 + 1024 + 28_672)

@@ -426,12 +426,8 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
 
 
 def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> int:
-    """Layers that a single document recomputes.
-
-    None in a sharded model, whose ranks must run equally often, nor where a router's load is balanced.
-    """
-    balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
-    if balances or (config.model.sharded and micro_batch.processes > 1):
+    """Layers that a single document recomputes; none where a router's load is balanced."""
+    if isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0:
         return 0
     options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": micro_batch.document_bytes}
     options |= {"compute": micro_batch.compute_dtype, "device": micro_batch.device}
