@@ -17,6 +17,7 @@ from rung.config.method import METHOD_CONFIGS
 from rung.config.model import ModelConfig
 from rung.config.objective import PreferenceConfig, SftConfig
 from rung.config.training import TrainingConfig
+from rung.methods.qlora import dense_weight, quantized_tensors
 from rung.methods.registry import attach_method
 from rung.models import weight_files
 from rung.models.fused_modules import install_fused_forwards
@@ -28,7 +29,7 @@ from rung.planning.memory import CPU_DOCUMENT_BYTES
 from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
-from rung.training.fsdp import shard_policy
+from rung.training.fsdp import digests, shard_policy
 from rung.training.run_folder import RunFolder
 from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
@@ -61,24 +62,32 @@ def train(arguments: list[str]) -> None:
 
 
 def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas") -> None:
-    """`how`: replicas, sharded, or recomputing: sharded, and rows of more than 20 tokens (pairs: 45) recompute layers."""
+    """`how`: replicas, sharded, or recomputing: sharded, and rows of over 20 tokens (a pair: 45) recompute layers."""
     sharded, recomputes = how != "replicas", how == "recomputing"
     packing: Any = "none" if recomputes else "tree"
     limit = 20 if aim == "sft" else 45
     compute = torch.bfloat16 if kind.endswith("-bfloat16") else torch.float32
     kind = kind.removesuffix("-bfloat16")
-    dtype = torch.get_default_dtype()
+    dtype = torch.float32 if compute is torch.bfloat16 else torch.float64
     model = tiny_model(dtype=dtype)
     install_fused_forwards(model)
     upper = kind == "lora-upper"  # what lies below does not move, and is computed once a document
-    method = attach_method(model, METHOD_CONFIGS["lora"](layers=(1,)) if upper else METHOD_CONFIGS[kind](), seed=0)
+    config_of_method = METHOD_CONFIGS["lora"](layers=(1,)) if upper else METHOD_CONFIGS[kind]()
+    if kind == "qlora":
+        _multiply_in_float64()
+        torch.set_default_dtype(torch.float32)  # of the tables by which bitsandbytes quantizes
+    method = attach_method(model, config_of_method, seed=0)
+    torch.set_default_dtype(dtype)
     with torch.no_grad():  # away from the start, where half of LoRA has no gradient
         for parameter in method.trainable().values():
+            parameter.data = parameter.data.to(dtype)  # of a quantized base peft takes float32
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     install_fused_forwards(model, method.linear_params)
     config = SftConfig() if aim == "sft" else PreferenceConfig(beta=0.5)
     folder = RunFolder(output, {"gates": []}, writes=world.is_rank0)
     output.mkdir(parents=True, exist_ok=True)
+    if kind == "qlora":
+        (output / f"quantized.{world.rank}").write_text(json.dumps(digests(quantized_tensors(model))))
     policy = policy_of(model, method, compute=compute)
     if kind == "full":  # which leaves no base to compare with
         policy.reference = policy_of(tiny_model(dtype=dtype), compute=compute)
@@ -114,6 +123,16 @@ def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas
     folder.close()
     if world.is_rank0:
         save_file({n: p.detach().contiguous() for n, p in trainer.trainable.items()}, output / "weights.safetensors")
+
+
+def _multiply_in_float64() -> None:
+    """bitsandbytes' products know no float64: the same numbers, dequantized, by torch's."""
+    import bitsandbytes
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, dense_weight(self).to(x.dtype))
+
+    bitsandbytes.nn.Linear4bit.forward = forward
 
 
 def _mutate(how: str) -> None:

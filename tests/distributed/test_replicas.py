@@ -134,6 +134,26 @@ def test_gathered_in_16_bits_the_steps_are_those_of_one_process_to_rounding(zygo
         assert float((value - alone[name]).abs().mean()) < 1e-3, name
 
 
+def test_replicas_of_a_quantized_base_take_the_steps_of_one_process(
+    zygote: Zygote, config: Path, tmp_path: Path
+) -> None:
+    """Every process quantizes its copy: packed weights and scales are equal on all, and so are the steps."""
+    pytest.importorskip("bitsandbytes")
+    alone = steps(zygote, 1, "qlora", "sft", tmp_path / "1")
+    for size in (2, 4):
+        output = tmp_path / str(size)
+        shared = steps(zygote, size, "qlora", "sft", output)
+        assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
+        for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        digests = [json.loads((output / f"quantized.{rank}").read_text()) for rank in range(size)]
+        assert len(digests[0]) == 2 * 7 * 3 and all(d == digests[0] for d in digests)  # weights and two kinds of scales
+    children = zygote.launch(2, "train", config, "method={kind: qlora}", f"output={tmp_path / 'run'}")
+    assert [zygote.wait(child) for child in children] == [0, 0], zygote.log.read_text()[-3000:]
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["processes"] == 2 and {gate["state"] for gate in manifest["gates"]} <= {"passed", "not_reached"}
+
+
 @pytest.mark.parametrize("mutation", ["counts of its own", "no sum of gradients"])
 def test_wrong_sums_are_another_run(zygote: Zygote, mutation: str, tmp_path: Path) -> None:
     alone = steps(zygote, 1, "lora", "sft", tmp_path / "1")

@@ -140,8 +140,11 @@ def test_processes_divide_what_they_share(model: Any) -> None:
 
 
 def test_a_run_that_processes_cannot_share_has_no_plan(model: Any) -> None:
-    with pytest.raises(PlanError, match="quantized base in several processes"):
-        plan(config_of(model("8b"), "qlora"), "h100", 2)
+    with pytest.raises(PlanError, match="a router's load is counted in each process alone"):
+        plan(config_of(model("8b"), "mixture"), "h100", 2)
+    with pytest.raises(PlanError, match="under lora and full alone, not under qlora"):
+        plan(config_of(model("8b"), "qlora", sharded=True), "h100", 2)
+    assert plan(config_of(model("8b"), "qlora"), "h100", 2).plan.fits
     shared = plan(config_of(model("8b"), "lora", sharded=True), "h100", 2)
     assert {other.method for other in shared.alternatives} == {"lora", "full"}
 

@@ -55,7 +55,6 @@ def quantization_refusal(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 PROCESS_REFUSALS = {
     "mixture": "a router's load is counted in each process alone",
-    "qlora": "a quantized base in several processes has not been tested",
 }
 """Methods that only a single process can train, with the reason."""
 

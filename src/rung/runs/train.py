@@ -28,6 +28,7 @@ from rung.errors import CheckpointError, DataError, NoSignalError
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
+from rung.methods.qlora import quantized_tensors
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import unfused_linears
@@ -51,7 +52,7 @@ from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
-from rung.training.fsdp import shard_policy
+from rung.training.fsdp import digests, shard_policy
 from rung.training.memory_use import peak_memory_bytes, reset_peak_memory
 from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
 from rung.training.rollout import RolloutSource
@@ -155,6 +156,9 @@ def train_on_data(
         with status("reading the rows of this process"):
             shard_policy(policy, method, fused=config.model.fused)
         world = replace(world, sharded=True)
+    if world.size > 1 and config.method.kind == "qlora":
+        # every process quantizes its own copy, and cards of other kinds may round otherwise
+        world.assert_equal(digests(quantized_tensors(base.model)))
     order_weights(base.model)
     with closing(_acquire_folder(config, world, start)) as folder:
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)

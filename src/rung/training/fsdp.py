@@ -100,7 +100,7 @@ def local_rows(parameter: Tensor) -> slice | None:
     return _rows_of_rank(len(parameter), parameter.device_mesh)
 
 
-def digests(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
+def digests(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """An exact 64-bit hash of each tensor, of a sharded one over the rows of this rank."""
     local_tensors = ((name, _local_shard(tensor).detach()) for name, tensor in parameters)
     # Apple's GPUs have no such kernel; their memory is that of the processor.
