@@ -25,7 +25,7 @@ from rung.models.load import load_base
 from rung.models.packing import pack
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
-from rung.planning.memory import CPU_DOCUMENT_BYTES
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES
 from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
@@ -113,6 +113,7 @@ def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas
         return layers_of(tokens)
 
     policy.layers_to_recompute = note
+    policy.layers_to_offload = lambda tokens: layers_of(tokens)[:1]  # as a card does for still longer documents
     data = rows(aim)
     trainer.run(data[:-6], data[-6:])
     if sharded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from rung.objectives.sft import SftObjective
 from rung.planning.advise import CANDIDATE_BUDGETS, Advice, advise, assumed_micro_batch, auto_budget
 from rung.planning.architecture import read_shape
 from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
-from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, estimate_memory
+from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, MicroBatch, estimate_memory
 from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token
+from rung.planning.recomputation import layers_to_offload, layers_to_recompute
 from rung.planning.throughput import throughput_for
 from rung.training import memory_use, micro_batch, optimizer
 from rung.training.optimizer import OptimizerState
@@ -147,6 +149,47 @@ def test_a_run_that_processes_cannot_share_has_no_plan(model: Any) -> None:
     assert plan(config_of(model("8b"), "qlora"), "h100", 2).plan.fits
     shared = plan(config_of(model("8b"), "lora", sharded=True), "h100", 2)
     assert {other.method for other in shared.alternatives} == {"lora", "full"}
+
+
+@pytest.mark.parametrize("shape", ["8b", "70b"])
+@pytest.mark.parametrize("memory", [24, 45, 80, 141])
+def test_the_longer_a_document_the_more_of_it_leaves_the_card(shape: str, memory: int, model: Any) -> None:
+    """First layers are computed again, then their inputs wait on the host; what is planned fits, or nothing is left."""
+    config, device = config_of(model(shape), "qlora"), replace(DEVICES["h100"], memory=memory * 10**9)
+    size, before = read_shape(config.model), (0, 0)
+    budget, limit = auto_budget(config, size, device)
+    if budget <= MIN_TOKENS:
+        return
+    for tokens in (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072):
+        options: Any = {"compute": "bfloat16", "device": "cuda", "limit": limit}
+        counts = tuple(len(rule(size, tokens, **options)) for rule in (layers_to_recompute, layers_to_offload))
+        assert counts >= before and (counts[1] == 0 or counts[0] == size.layers)
+        before = counts
+        batch = MicroBatch("bfloat16", tokens, tokens // 2, documents=1, device="cuda", document_bytes=limit)
+        fits = estimate_memory(config, size, batch).required_bytes <= device.memory
+        assert fits or counts == (size.layers, size.layers)
+
+
+def test_the_table_of_documents_is_that_of_the_plan(model: Any) -> None:
+    """Among them the goal: a document of 32,768 tokens and LoRA on 8B within 80 GB."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    lengths = (16_384, 32_768, 65_536, 131_072)
+    for name, shape, kind in (
+        *(("rtx4090", "8b", "lora"), ("rtx4090", "8b", "qlora"), ("l40s", "8b", "lora"), ("a100", "8b", "lora")),
+        *(("h200", "8b", "lora"), ("a100", "70b", "qlora")),
+    ):
+        cells = [f"{name}, {shape.upper()}, `{kind}`"]
+        for length in lengths:
+            config = config_of(model(shape), kind, data={"path": "rows.jsonl", "max_length": length})
+            advice = plan(config, name)
+            term = next(t for t in advice.plan.memory.stages[1].terms if t.name == "activations")
+            numbers = re.findall(r"(\d+) layers recomputed|inputs of (\d+)", term.source)
+            what = "/".join(a or b for a, b in numbers) or "0"
+            size = f"{advice.plan.memory.required_bytes / 1e9:.0f} GB"
+            cells.append(f"{what}, {size}" if advice.plan.fits else f"no: {size}")
+            if (name, shape, kind, length) == ("a100", "8b", "lora", 32_768):
+                assert advice.plan.memory.required_bytes < 80e9
+        assert f"| {' | '.join(cells)} |" in page, f"| {' | '.join(cells)} |"
 
 
 def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None:

@@ -29,7 +29,7 @@ from rung.models.packing import largest_first, pack, pack_lazily, pack_separatel
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.objectives.protocol import Objective
-from rung.planning.memory import CPU_DOCUMENT_BYTES, layers_to_recompute
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, layers_to_offload, layers_to_recompute
 from rung.training import checkpoint, fsdp
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
@@ -139,6 +139,7 @@ class Trainer:
             options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
             options["device"] = self.policy.device.type
             self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
+            self.policy.layers_to_offload = partial(layers_to_offload, self.policy.base.shape, **options)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
