@@ -29,7 +29,7 @@ from rung.planning.recomputation import CPU_DOCUMENT_BYTES
 from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
-from rung.training.fsdp import digests, shard_policy
+from rung.training.fsdp import digests, gather, shard_policy
 from rung.training.run_folder import RunFolder
 from rung.training.step import CalibrationBatch
 from rung.training.trainer import Trainer
@@ -120,10 +120,10 @@ def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas
         held = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
         (output / f"held.{world.rank}").write_text(str(sum(map(torch.Tensor.numel, held))))
         (output / f"recomputed.{world.rank}").write_text(json.dumps(recomputed))
-    trainer.gather_model()
+    whole = {name: gather(parameter).contiguous() for name, parameter in trainer.trainable.items()}
     folder.close()
     if world.is_rank0:
-        save_file({n: p.detach().contiguous() for n, p in trainer.trainable.items()}, output / "weights.safetensors")
+        save_file(whole, output / "weights.safetensors")
 
 
 def _multiply_in_float64() -> None:

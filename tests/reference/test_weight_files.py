@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from models import SHAPES, tiny_model
 from rung.config.model import ModelConfig
@@ -196,3 +198,36 @@ def test_a_student_takes_the_files_of_its_layers(base: Callable[..., Path]) -> N
     values = read_all(parts.model, 2)
     assert parts.fingerprint == whole.fingerprint
     assert all(torch.equal(values[n], p) for n, p in whole.model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "gpt2", "gemma"])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 30_000])
+def test_a_model_written_tensor_by_tensor_is_that_of_transformers(
+    shape: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, config and index; and one gathered tensor is in memory at a time."""
+    model = tiny_model(shape)
+    model.save_pretrained(tmp_path / "theirs")
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", shard_bytes)
+    gathered: list[weakref.ref[torch.Tensor]] = []
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        assert not any(reference() is not None for reference in gathered)
+        whole = tensor.detach().clone()
+        gathered.append(weakref.ref(whole))
+        return whole
+
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    weight_files.write_model(ours, model, gather)
+    (file,) = (tmp_path / "theirs").glob("*.safetensors")
+    expected = load_file(file)
+    files = sorted(ours.glob("*.safetensors"))
+    written = {name: tensor for part in files for name, tensor in load_file(part).items()}
+    assert written.keys() == expected.keys() and len(gathered) == len(expected)
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((ours / name).read_text()) == json.loads((tmp_path / "theirs" / name).read_text())
+    assert (len(files) > 1) == (shard_bytes == 30_000) == (ours / "model.safetensors.index.json").exists()
+    again = AutoModelForCausalLM.from_pretrained(ours)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -3,8 +3,8 @@
 A base that several processes share in parts must not be in the memory of any of them as a whole: 141 GB for 70 billion
 parameters. Here the model is built on torch's meta device, which holds shapes and no values; every parameter knows the
 bytes of its file (`StoredTensor`), and `read_rows` reads some rows of it. Buffers, such as rotary frequencies, are
-computed when the model is built, because no file has them. `models/load.py` builds such a model, `training/fsdp.py`
-shards it and reads the rows.
+computed when the model is built, because no file has them. A trained model goes back the same way, one tensor at a
+time. `models/load.py` builds such a model, `training/fsdp.py` shards it and reads the rows, `runs/train.py` writes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
-from rung.files import check_safetensors, read_safetensors_header
-from rung.models.base_folder import is_finite
+from rung.files import check_safetensors, read_safetensors_header, safetensors_header
+from rung.models.base_folder import INDEX_FILE, is_finite
 from rung.models.base_model import require_all_weights
 from rung.models.targets import layer_number
 
 READ_BYTES = 64 * 2**20
 """Bytes of a file in the memory of the host at one time."""
+SHARD_BYTES = 5 * 10**9
+"""Largest safetensors file of a model that is written tensor by tensor, unless one tensor is larger."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ATTRIBUTE = "_rung_stored_tensor"
 
@@ -147,6 +149,53 @@ def read_rows(source: StoredTensor, rows: slice | None, out: Tensor) -> None:
                 hint = "the file is damaged, or the training that made it diverged: take another copy or checkpoint"
                 raise ConfigError(summary, where="model.name", given=str(source.file), hint=hint)
             flat[start : start + len(part)].copy_(part.to(source.loaded))
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a file of the model has, by name, as this process holds them; tied ones once."""
+    names_by_id: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names_by_id.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names_by_id.values()}
+
+
+def write_model(folder: Path, model: PreTrainedModel, gather: Callable[[Tensor], Tensor]) -> None:
+    """Write config and weights as transformers does, one tensor at a time; `gather` makes a whole one of a part.
+
+    Every rank that holds a part has to gather the same tensors meanwhile, in the order of `model_tensors`.
+    """
+    tensors = model_tensors(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    groups: list[list[str]] = [[]]
+    for name in tensors:
+        if groups[-1] and sum(tensors[n].nbytes for n in (*groups[-1], name)) > SHARD_BYTES:
+            groups.append([])
+        groups[-1].append(name)
+    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        files = ["model.safetensors"]
+    for file, names in zip(files, groups, strict=True):
+        _write_file(folder / file, {name: tensors[name] for name in names}, gather)
+    if len(groups) > 1:
+        weight_map = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        content = {"metadata": metadata, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> None:
+    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
+    entries = [(name, dtypes[tensor.dtype], tensor.shape, tensor.nbytes) for name, tensor in tensors.items()]
+    with file.open("wb") as stream:
+        stream.write(safetensors_header(entries, {"format": "pt"}))
+        for tensor in tensors.values():
+            whole = gather(tensor).detach().cpu().contiguous()
+            stream.write(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 def _read_into(stream: Any, part: Tensor, source: StoredTensor) -> None:

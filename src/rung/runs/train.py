@@ -34,6 +34,7 @@ from rung.models.base_model import BaseModel
 from rung.models.fused_modules import unfused_linears
 from rung.models.policy import Policy
 from rung.models.targets import coverage
+from rung.models.weight_files import model_tensors, write_model
 from rung.models.weight_layout import order_weights
 from rung.objectives.protocol import Objective
 from rung.objectives.registry import make_objective
@@ -52,7 +53,7 @@ from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
-from rung.training.fsdp import digests, shard_policy
+from rung.training.fsdp import digests, gather, shard_policy
 from rung.training.memory_use import peak_memory_bytes, reset_peak_memory
 from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
 from rung.training.rollout import RolloutSource
@@ -237,9 +238,7 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**trainer.summary(), **method.statistics())
         trainer.optimizer_state.release()
-        trainer.gather_model()
-        if is_rank0:
-            _save_artifact(trainer, data.chat)
+        _save_artifact(trainer, data.chat)
         if is_rank0 and isinstance(objective, RewardObjective) and data.validation:
             health = score_reward_model(trainer.policy, objective, data.validation.examples, trainer.budget)
             folder.update(reward=health.to_json())
@@ -395,10 +394,21 @@ def _calibrate(trainer: Trainer, data: RunData, *, resume: bool) -> None:
 
 
 def _save_artifact(trainer: Trainer, chat: ChatTemplate) -> None:
-    """Gate 4: write the artifact with everything that serving needs, completely or not at all."""
+    """Gate 4: write the artifact with everything that serving needs, completely or not at all.
+
+    Rank 0 writes. A whole model that is shared in parts is gathered tensor by tensor, by all ranks.
+    """
+    model, in_parts = trainer.policy.model, trainer.world.sharded and trainer.method.artifact == "model"
+    if not trainer.world.is_rank0:
+        for tensor in model_tensors(model).values() if in_parts else ():
+            gather(tensor)
+        return
 
     def fill(staging: Path) -> None:
-        trainer.method.save(staging)
+        if in_parts:
+            write_model(staging, model, gather)
+        else:
+            trainer.method.save(staging)
         pad = None
         if (head := trainer.objective.published_head()) is not None:
             pad = pad_token_outside_stops(chat)

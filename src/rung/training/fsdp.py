@@ -73,19 +73,9 @@ def shard_model(model: nn.Module, replicated: Iterable[nn.Parameter], *, compute
         _gather_on_read(module, name, shards[id(parameter)], precision.param_dtype)
 
 
-def gather_full(model: nn.Module, *, keep: bool) -> None:
-    """Gather the trained weights into host memory where `keep` is set; other ranks are left with empty tensors."""
-    gathered_parameters: dict[int, nn.Parameter] = {}
-    for module, name, parameter in _parameters(model):
-        if not isinstance(parameter, DTensor) or not parameter.requires_grad:
-            continue
-        if id(parameter) not in gathered_parameters:
-            full_tensor = _gather_parameter(parameter).detach()  # a collective: also on ranks that discard it
-            gathered_parameters[id(parameter)] = nn.Parameter(full_tensor.cpu() if keep else full_tensor.new_empty(0))
-        # not setattr: `_gather_on_read` has put a property without a setter in place of the attribute
-        module._parameters[name] = gathered_parameters[id(parameter)]
-        if (original_class := getattr(module, _ORIGINAL_CLASS, None)) is not None:
-            module.__class__ = original_class
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor of a part; a collective that all ranks call for the same tensors. Any other tensor as it is."""
+    return _gather_parameter(tensor).detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def local_tensor(parameter: nn.Parameter) -> nn.Parameter:
@@ -106,9 +96,6 @@ def digests(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     # Apple's GPUs have no such kernel; their memory is that of the processor.
     hashable = ((name, t.cpu() if t.device.type == "mps" else t) for name, t in local_tensors if t.numel())
     return {name: int(torch.hash_tensor(tensor).item()) for name, tensor in hashable}
-
-
-_ORIGINAL_CLASS = "_class_before_sharding"
 
 
 def _precision(compute: torch.dtype) -> MixedPrecisionPolicy:
@@ -179,8 +166,7 @@ def _gather_on_read(module: nn.Module, name: str, shard: nn.Parameter, dtype: to
     module._parameters[name] = shard
     # a property must be on the class, so this one module gets a subclass of its own; state dicts still see the shard
     original_class = type(module)
-    attributes = {name: property(full_parameter), _ORIGINAL_CLASS: original_class}
-    module.__class__ = type(original_class.__name__, (original_class,), attributes)
+    module.__class__ = type(original_class.__name__, (original_class,), {name: property(full_parameter)})
 
 
 def _gather_parameter(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

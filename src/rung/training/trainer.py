@@ -30,7 +30,7 @@ from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.objectives.protocol import Objective
 from rung.planning.recomputation import CPU_DOCUMENT_BYTES, layers_to_offload, layers_to_recompute
-from rung.training import checkpoint, fsdp
+from rung.training import checkpoint
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
@@ -155,11 +155,6 @@ class Trainer:
         self.budget = tokens
         if self.rollouts is not None:
             self.rollouts.budget = tokens
-
-    def gather_model(self) -> None:
-        """Gather the trained weights on rank 0 for saving; nothing can be trained afterwards."""
-        if self.world.sharded:
-            fsdp.gather_full(self.policy.model, keep=self.world.is_rank0)
 
     def restore(self) -> bool:
         """Load the newest undamaged checkpoint. Returns False where there is none."""
