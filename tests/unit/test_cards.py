@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,34 @@ def test_the_table_of_documents_is_that_of_the_plan(model: Any) -> None:
             cells.append(f"{what}, {size}" if advice.plan.fits else f"no: {size}")
             if (name, shape, kind, length) == ("a100", "8b", "lora", 32_768):
                 assert advice.plan.memory.required_bytes < 80e9
+        assert f"| {' | '.join(cells)} |" in page, f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_70_billion_parameters_is_that_of_the_plan(model: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    rows = (
+        ("qlora", 1, "h100"),
+        *(("lora", n, "h100") for n in (1, 2, 8)),
+        *(("full", n, "h100") for n in (8, 24, 64)),
+    )
+    for kind, processes, card in (*rows, ("full", 16, "h200")):
+        settings = {"sharded": kind != "qlora" and processes > 1, "data": {"path": "rows.jsonl", "max_length": 4096}}
+        advice = plan(config_of(model("70b"), kind, **settings), card, processes)
+        gigabytes: dict[str, float] = defaultdict(float)
+        for term in advice.plan.memory.stages[1].terms:
+            gigabytes[term.name] += term.bytes / 1e9
+        trained = gigabytes["adapter"] + gigabytes["gradients"] + gigabytes["moments"]
+        (source,) = (t.source for t in advice.plan.memory.stages[1].terms if t.name == "activations")
+        again = re.findall(r"(\d+) layers recomputed", source)
+        needed = f"{advice.plan.memory.required_bytes / 1e9:.0f} GB"
+        cells = [f"`{kind}`", f"{processes} {card}", f"{gigabytes['quantized'] + gigabytes['weights']:.1f}"]
+        cells += [
+            f"{trained:.1f}",
+            f"{gigabytes['gathered']:.1f}",
+            f"{gigabytes['activations']:.1f}",
+            *(again or ["0"]),
+        ]
+        cells.append(needed if advice.plan.fits else f"no: {needed}")
         assert f"| {' | '.join(cells)} |" in page, f"| {' | '.join(cells)} |"
 
 
