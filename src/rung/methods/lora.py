@@ -32,7 +32,7 @@ from rung.methods.adapter_files import CONFIG, read_state, saved_scale, write_pe
 from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import input_second_moments, weight_gradients
 from rung.methods.protocol import CalibrationData, Method, TrainableSet
-from rung.methods.qlora import dequantize_base, merged_linear, quantize
+from rung.methods.qlora import dequantize_base, four_bit_params, merged_linear, quantize
 from rung.models.bfloat16_storage import keeps_bfloat16_weights, pretend_float32_weights
 from rung.models.fused_modules import linear_weight, plain_linear_params
 from rung.models.fused_ops import LinearParams
@@ -190,11 +190,13 @@ class Lora(Method):
 
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of peft's layer as it computes now; None if only peft can compute it (dropout, DoRA, variants)."""
-        # The exact type: peft's other layers (quantized, embeddings) have their own products.
-        if type(module) is not PeftLinear:
+        # The exact types: peft's other layers (8 bits, embeddings) have their own products.
+        if type(module) is not PeftLinear and type(module).__name__ != "Linear4bit":
             return plain_linear_params(module)
         layer: Any = module
-        base = plain_linear_params(layer.base_layer)
+        if not hasattr(layer, "base_layer"):  # in 4 bits without an adapter
+            return four_bit_params(layer)
+        base = plain_linear_params(layer.base_layer) or four_bit_params(layer.base_layer)
         if base is None or layer.disable_adapters or layer.merged:
             return base
         names = layer.active_adapters

@@ -34,6 +34,10 @@ ACTIVATIONS: dict[str, Activation] = {
 """Keys are the names in transformers."""
 
 
+_Settings = tuple[float, Callable[[Tensor, torch.dtype], Tensor] | None]
+"""Scale and `dequantize` of a linear."""
+
+
 class LinearParams(NamedTuple):
     """One linear: y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, eq. 3)."""
 
@@ -42,6 +46,17 @@ class LinearParams(NamedTuple):
     a: Tensor | None = None  # [R, I]
     b: Tensor | None = None  # [O, R]
     scale: float = 1.0
+    dequantize: Callable[[Tensor, torch.dtype], Tensor] | None = None
+    """Makes the dense matrix of a quantized weight: for each product anew, forward and backward, and freed after it."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [O, I] in the type of the product."""
+        return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
+
+    @property
+    def settings(self) -> _Settings:
+        """What is not a tensor."""
+        return self.scale, self.dequantize
 
 
 def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
@@ -51,7 +66,7 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
     """
     if torch.is_grad_enabled():
         norm_input: _NormInput | None = getattr(x, _NORM_INPUT_ATTRIBUTE, None)
-        outputs = _Linears.apply(x, norm_input, tuple(p.scale for p in params), *_tensors_of(params))  # type: ignore[no-untyped-call]
+        outputs = _Linears.apply(x, norm_input, tuple(p.settings for p in params), *_tensors_of(params))  # type: ignore[no-untyped-call]
     else:  # one token of an answer is so little work that autograd's bookkeeping shows
         outputs, _ = _forward(_as_rows(x, params[0]), params)
     # Reshaped outside the function: autograd forbids in-place changes of a view made inside it, and some models clamp
@@ -62,7 +77,7 @@ def linears(x: Tensor, params: Sequence[LinearParams]) -> tuple[Tensor, ...]:
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, params: LinearParams) -> Tensor:
     """linear(activation(gate) * up) (Shazeer 2020, eq. 5 without its first two products); stores only gate and up."""
     if torch.is_grad_enabled():
-        return _GatedLinear.apply(gate, up, activation, params.scale, *_tensors_of([params]))  # type: ignore[no-any-return, no-untyped-call]
+        return _GatedLinear.apply(gate, up, activation, params.settings, *_tensors_of([params]))  # type: ignore[no-any-return, no-untyped-call]
     (output,), _ = _forward(_as_rows(pointwise.gate(gate, up, activation[0]), params), [params])
     return output.view(*gate.shape[:-1], output.shape[-1])
 
@@ -103,12 +118,12 @@ class _NormInput(NamedTuple):
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_input: _NormInput | None, scales: tuple[float, ...], *tensors: Tensor | None
+        ctx: Any, x: Tensor, norm_input: _NormInput | None, settings: Sequence[_Settings], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        params = _unflatten(tensors, scales)
+        params = _unflatten(tensors, settings)
         x_NI = _as_rows(x, params[0])
         outputs, low_NR = _forward(x_NI, params)
-        ctx.scales, ctx.shape, ctx.dtype, ctx.product_dtype = scales, x.shape, x.dtype, x_NI.dtype
+        ctx.settings, ctx.shape, ctx.dtype, ctx.product_dtype = settings, x.shape, x.dtype, x_NI.dtype
         ctx.offset = None if norm_input is None else norm_input.offset
         inputs = None
         # With frozen weights and no adapter the input gradient needs no input, so nothing is stored.
@@ -128,7 +143,7 @@ class _Linears(torch.autograd.Function):
         if ctx.input_count > 1:
             norm_input = _NormInput._make((*inputs, ctx.offset))
             x_NI = norm_input.recompute().view(-1, ctx.shape[-1]).to(ctx.product_dtype)
-        params = _unflatten(tensors, ctx.scales)
+        params = _unflatten(tensors, ctx.settings)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         d_x, d_tensors = _backward(grads, x_NI, low_NR, params, need_x, needs)
         return (None if d_x is None else d_x.view(ctx.shape).to(ctx.dtype)), None, None, *d_tensors
@@ -136,18 +151,20 @@ class _Linears(torch.autograd.Function):
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, scale: float, *tensors: Any) -> Tensor:
-        params = _unflatten(tensors, (scale,))
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, settings: _Settings, *tensors: Any
+    ) -> Tensor:
+        params = _unflatten(tensors, [settings])
         x_NI = _as_rows(pointwise.gate(gate, up, activation[0]), params[0])
         (output,), low_NR = _forward(x_NI, params)
-        ctx.activation, ctx.scale = activation, scale
+        ctx.activation, ctx.settings = activation, settings
         ctx.save_for_backward(gate, up, low_NR, *tensors)
         return output.view(*gate.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low_NR, *tensors = ctx.saved_tensors
-        params = _unflatten(tensors, (ctx.scale,))
+        params = _unflatten(tensors, [ctx.settings])
         needs = ctx.needs_input_grad[4:]
         act, act_backward = ctx.activation
         grad_NO = grad.reshape(-1, grad.shape[-1])
@@ -205,6 +222,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _as_rows(x: Tensor, params: LinearParams) -> Tensor:
     """The input of a linear as a matrix [N, I] in the type of the product."""
+    # a quantized weight has the type of its storage: bytes, which promote to the type of x
     return x.reshape(-1, x.shape[-1]).to(product_dtype(x, params.weight))
 
 
@@ -213,8 +231,8 @@ def _tensors_of(params: Sequence[LinearParams]) -> list[Tensor | None]:
     return [tensor for p in params for tensor in (p.weight, p.bias, p.a, p.b)]
 
 
-def _unflatten(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[LinearParams]:
-    return [LinearParams._make((*tensors[4 * i : 4 * i + 4], scale)) for i, scale in enumerate(scales)]
+def _unflatten(tensors: Sequence[Tensor | None], settings: Sequence[_Settings]) -> list[LinearParams]:
+    return [LinearParams._make((*tensors[4 * i : 4 * i + 4], *own)) for i, own in enumerate(settings)]
 
 
 def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor], Tensor | None]:
@@ -225,7 +243,7 @@ def _forward(x_NI: Tensor, params: Sequence[LinearParams]) -> tuple[list[Tensor]
     low_NR = None if low_rank.a_RI is None else linear(x_NI, low_rank.a_RI)
     outputs, start = [], 0
     for p, b in zip(params, low_rank.b, strict=True):
-        y = linear(x_NI, p.weight.to(dtype), None if p.bias is None else p.bias.to(dtype))
+        y = linear(x_NI, p.dense(dtype), None if p.bias is None else p.bias.to(dtype))
         if b is not None and low_NR is not None:
             y.addmm_(low_NR[:, start : start + b.shape[1]], b.T, alpha=p.scale)
             start += b.shape[1]
@@ -290,7 +308,7 @@ def _backward(
             d_tensors[4 * i + 1] = g_NO.sum(0).to(p.bias.dtype)
         # The first linear of a model has no input gradient to compute.
         if need_x:
-            d_x = add_matmul_(d_x, g_NO, p.weight.to(dtype))
+            d_x = add_matmul_(d_x, g_NO, p.dense(dtype))
     if d_low is not None and d_x is not None and low_rank.a_RI is not None:
         d_x.addmm_(d_low, low_rank.a_RI)
     if d_low is not None and x_NI is not None:
