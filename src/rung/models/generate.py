@@ -3,7 +3,7 @@
 The longest common prefix of the prompts is encoded once and its keys and values are stored once for all rows
 (`models/decoding.py` decodes them). Sampling is plain temperature sampling without top-k or top-p, so that the
 log-probability of each token is that of the distribution it was drawn from. Speed is that of transformers' modules,
-one token a call.
+one token a call; on a card the calls are replayed as a graph (`models/static_decoding.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rung.models.decoding import GeneratedAnswer as GeneratedAnswer
 from rung.models.decoding import Sampling as Sampling
 from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
+from rung.models.static_decoding import StaticDecoder, decodes_statically
 from rung.models.tree_attention import KVByLayer, concatenate_kv
 from rung.models.weight_layout import order_weights
 
@@ -138,7 +139,8 @@ def _generate(
         )
         begun = begun or [()] * len(prompts)
         requests = [Request(i, p[prefix_length:], limits[i], begun[i]) for i, p in enumerate(prompts)]
-        answers = decoder.run(requests)
+        is_static = decodes_statically(policy.device)
+        answers = StaticDecoder(decoder).run(requests) if is_static else decoder.run(requests)
     return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
