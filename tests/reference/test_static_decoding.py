@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from builders import policy_of, tuned
+from builders import documents, policy_of, tuned
 from models import SHAPES, tiny_model
 from rung.models import generate as generating
 from rung.models import static_decoding
 from rung.models.generate import Sampling, generate
+from rung.models.packing import pack
 from rung.models.static_decoding import READ_EVERY, StaticDecoder, decodes_statically
 
 PROMPTS = [[5, 6, 7, 40 + i, *range(50, 50 + i % 5)] for i in range(11)]
@@ -24,6 +25,7 @@ PROMPTS = [[5, 6, 7, 40 + i, *range(50, 50 + i % 5)] for i in range(11)]
 @pytest.fixture(autouse=True)
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generating, "decodes_statically", lambda device: True)
+    monkeypatch.setattr(generating, "has_room_to_merge", lambda policy: True)
 
 
 def answers(policy: Any, sampling: Sampling, **options: Any) -> list[list[int]]:
@@ -137,6 +139,65 @@ def test_slots_that_windows_leave_behind_are_noticed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(StaticDecoder, "_step", step)
     assert [a.ids for a in generate(policy, prompts, stop_ids=[], sampling=Sampling(12))] != expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_merged_adapter_answers_as_the_adapter_does(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64; afterwards the base is the one from before, bit for bit, and the adapter trains on."""
+    policy, method = tuned("lora", shape, dtype=torch.float64)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    batch = pack(documents(), 1000)[0]
+    gradient_before = torch.autograd.grad(policy.logprobs(batch).sum(), list(method.trainable().values()))
+    merged = generate(policy, PROMPTS, stop_ids=[2], sampling=Sampling(12))
+    monkeypatch.setattr(generating, "has_room_to_merge", lambda policy: False)
+    apart = generate(policy, PROMPTS, stop_ids=[2], sampling=Sampling(12))
+    assert [a.all_tokens for a in merged] == [a.all_tokens for a in apart]
+    for a, b in zip(merged, apart, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-6)  # of float32 logits
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+    gradient = torch.autograd.grad(policy.logprobs(batch).sum(), list(method.trainable().values()))
+    assert all(torch.equal(a, b) for a, b in zip(gradient, gradient_before, strict=True))
+
+
+def test_no_adapter_is_multiplied_within_a_merged_model() -> None:
+    policy, method = tuned("lora", dtype=torch.float64)
+    batch = pack(documents(), 1000)[0]
+    with torch.no_grad(), method.merged():
+        merged = policy.logprobs(batch)
+        for p in method.trainable().values():
+            p.mul_(3.0)  # the mutation: an adapter that still computes would show it
+        assert torch.equal(policy.logprobs(batch), merged)
+    with torch.no_grad():
+        assert (policy.logprobs(batch) - merged).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [{"dora": True}, {"dropout": 0.5}, {"init": "pissa"}])
+def test_what_can_be_merged(config: dict[str, Any]) -> None:
+    """DoRA and dropout compute in peft; a start that is subtracted again is part of the sum."""
+    policy, method = tuned("lora", dtype=torch.float64, **config)
+    batch = pack(documents(), 1000)[0]
+    policy.model.eval()
+    with torch.no_grad():
+        expected = policy.logprobs(batch)
+        weight = next(iter(method.layers().values())).base_layer.weight
+        original = weight.data_ptr()
+        with method.merged():
+            assert (weight.data_ptr() == original) is ("init" not in config)
+            assert (policy.logprobs(batch) - expected).abs().max() < 1e-9
+        assert weight.data_ptr() == original
+        with method.disabled(), method.merged():
+            assert weight.data_ptr() == original
+
+
+def test_a_rollout_that_fails_leaves_the_base_as_it_was() -> None:
+    _, method = tuned("lora")
+    weight = next(iter(method.layers().values())).base_layer.weight
+    original = weight.data_ptr()
+    with pytest.raises(RuntimeError), method.merged():
+        raise RuntimeError
+    assert weight.data_ptr() == original
+    with torch.no_grad():
+        assert not any(layer.merged for layer in method.layers().values())
 
 
 def test_which_devices_decode_so() -> None:

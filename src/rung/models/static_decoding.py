@@ -25,7 +25,8 @@ from transformers.cache_utils import DynamicLayer
 
 from rung.console import print_status
 from rung.models.decoding import Decoder, GeneratedAnswer, Request, Row, encoded_together
-from rung.models.policy import model_inputs
+from rung.models.fused_modules import fused_linears
+from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import KeysValues, KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
 
@@ -40,6 +41,14 @@ WARM_STEPS = 3
 def decodes_statically(device: torch.device) -> bool:
     """Whether a device decodes with buffers of a fixed size."""
     return device.type == "cuda"
+
+
+def has_room_to_merge(policy: Policy) -> bool:
+    """Whether a card has room for a second copy of the layers' linears, and as much again for keys and values."""
+    device = policy.device
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    copies = sum(linear.weight.nbytes for linear in fused_linears(policy.model))
+    return 2 * copies <= free
 
 
 class StaticCacheLayer(DynamicLayer):  # type: ignore[misc]
