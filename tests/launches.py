@@ -29,15 +29,23 @@ class LaunchCounter(TorchDispatchMode):
         super().__init__()
         self.launches = Counter[str]()
         self.bytes = 0
+        self.product_bytes = 0
+        """Those of matrix products and of attention among them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name not in self.WITHOUT_KERNEL:
             self.launches[name] += 1
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+            self.add_bytes((args, kwargs, result), is_product="mm" in name or "attention" in name)
         return result
+
+    def add_bytes(self, values: Any, *, is_product: bool = False) -> None:
+        """Count every tensor in the values."""
+        tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+        count = sum(t.numel() * t.element_size() for t in tensors)
+        self.bytes += count
+        self.product_bytes += count if is_product else 0
 
 
 class VarlenKernel:

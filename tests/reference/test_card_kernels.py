@@ -142,6 +142,7 @@ class CardCounter(LaunchCounter):
             finally:
                 self.inside -= 1
             self.launches[function.__name__] += KERNELS[function.__name__]
+            self.add_bytes((args, result))
             return result
 
         monkeypatch.setattr(pointwise, "_run", run)
@@ -159,10 +160,16 @@ KERNELS = {
 """Kernels that the compiler makes of each function."""
 GOAL = 90
 """Launches of a layer of LoRA, forward and backward; 228 as they are on a processor."""
+TRAFFIC = 160
+"""Bytes that operations beside products and attention read and write, for each token, layer and unit of width."""
+WIDTH_OF_MODEL = 64
 
 
-def launches(layers: int) -> dict[str, int]:
-    model = tiny_model(num_hidden_layers=layers, hidden_size=64, intermediate_size=192, dtype=torch.bfloat16)
+def launches(layers: int) -> tuple[dict[str, int], float]:
+    """Launches by name, and bytes a token and unit of width outside of products."""
+    model = tiny_model(
+        num_hidden_layers=layers, hidden_size=WIDTH_OF_MODEL, intermediate_size=192, dtype=torch.bfloat16
+    )
     method = attach_method(model, METHOD_CONFIGS["lora"](rank=8), seed=0)  # type: ignore[arg-type]
     policy = policy_of(model, method, compute=torch.bfloat16)
     batch = pack(documents(count=1, longest=200), 1000)[0]
@@ -170,7 +177,7 @@ def launches(layers: int) -> dict[str, int]:
         stand_in_varlen(patch, OneLaunch())
         with CardCounter(patch) as counter:
             policy.logprobs(batch).sum().backward()  # type: ignore[no-untyped-call]
-    return dict(counter.launches)
+    return dict(counter.launches), (counter.bytes - counter.product_bytes) / len(batch.ids) / WIDTH_OF_MODEL
 
 
 class OneLaunch(VarlenKernel):
@@ -187,11 +194,14 @@ class OneLaunch(VarlenKernel):
 
 def test_a_layer_has_a_budget_of_launches(as_on_a_card: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
     as_on_a_card()
-    few, many = launches(2), launches(4)
+    (few, few_bytes), (many, many_bytes) = launches(2), launches(4)
+    traffic = (many_bytes - few_bytes) / 2
     layer = {name: (count - few.get(name, 0)) // 2 for name, count in many.items() if count != few.get(name, 0)}
     attention = 2
     with capsys.disabled():
         print(f"\na layer of LoRA on a card: {sum(layer.values()) + attention} launches: {layer}")
+        print(f"beside products: {traffic:.0f} bytes a token and unit of width")
+    assert traffic <= TRAFFIC
     assert sum(layer.values()) + attention <= GOAL
 
 
