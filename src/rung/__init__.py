@@ -56,7 +56,7 @@ _MODULES = {
         *("RegexRewardConfig", "RewardConfig", "RolloutConfig", "SftConfig", "TeacherPromptConfig", "VerifierConfig"),
     ),
     "config.run": ("RunConfig",),
-    "config.server": ("RolloutServerConfig",),
+    "config.server": ("ModelServerConfig", "RolloutServerConfig"),
     "config.synth": (
         *(
             "DocumentsConfig",

@@ -27,15 +27,15 @@ class ModelServerConfig(Config):
     """Concurrent requests, each of one prompt with all its answers."""
     timeout: PositiveFloat = 300.0
     """Seconds per try of a request; requests that fail for a moment are tried again."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of the server, by whose rounding its log-probabilities are compared with those of this process: the
+    90th percentile of the differences is at most 0.3 nats with bfloat16; with float32, where this process computes in
+    float32 too, the largest is at most 0.002."""
 
 
 class RolloutServerConfig(ModelServerConfig):
     """A vLLM server that draws the answers of rollouts; losses are corrected for its other arithmetic."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of the server, by whose rounding the gate `rollout.distribution` judges its log-probabilities: the
-    90th percentile of the differences is at most 0.3 nats with bfloat16; with float32, where the run computes in
-    float32 too, the largest is at most 0.002."""
     importance_sampling_cap: PositiveFloat = 2.0
     """Largest weight C of a token or answer: the policy loss is multiplied by min(p_policy / p_server, C) (truncated
     importance sampling, Yao et al. 2025)."""

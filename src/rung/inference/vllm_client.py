@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 from rung.config.server import ModelServerConfig
 from rung.console import print_status
 from rung.errors import CheckpointError, ConfigError, PlanError, RungError
+from rung.files import MANIFEST
 from rung.inference.ask import chunk_seed
 from rung.inference.openai_client import RefusedError, Server, answer_concurrently, make_client, translated_errors
+from rung.models.decoding import OnAnswered
 from rung.models.generate import GeneratedAnswer, Sampling
 
 ADAPTER_RETRIES = 2
@@ -67,6 +69,10 @@ class AdapterServer:
     def adapter_prefix(self, folder: Path) -> str:
         """What the names of adapters begin with that stand in a folder, which is one folder of the server's files."""
         return f"rung-{sha256(self.path_there(folder).encode()).hexdigest()[:12]}-"
+
+    def adapter_name(self, folder: Path) -> str:
+        """The name of a finished adapter: that of its files, so that one which a killed process left is this one."""
+        return self.adapter_prefix(folder) + sha256((folder / MANIFEST).read_bytes()).hexdigest()[:8]
 
     def models(self) -> dict[str, str | None]:
         """Names of the base and of loaded adapters, with the folder of each where the server gives it.
@@ -141,11 +147,14 @@ class AdapterServer:
         stop_ids: Sequence[int],
         sampling: Sampling,
         vocab_size: int,
+        *,
+        on_answered: OnAnswered | None = None,
     ) -> list[GeneratedAnswer]:
         """Answers of the model `name` in the order of the prompts; all answers to one prompt are adjacent.
 
-        Log-probabilities are those that the server reports. Raises `CheckpointError` if the server cannot be reached,
-        or if one reply is not what was asked for: an answer that is missing or another one must not be learned.
+        Log-probabilities are those that the server reports; `on_answered` receives 1 after each prompt. Raises
+        `CheckpointError` if the server cannot be reached, or if one reply is not what was asked for: an answer that is
+        missing or another one must not be learned.
         """
         server = replace(self._server, model=name)
         common: dict[str, Any] = {"n": sampling.answers_per_prompt, "max_tokens": sampling.max_new_tokens}
@@ -159,7 +168,13 @@ class AdapterServer:
         answers: dict[str, list[GeneratedAnswer]] = {}
         expected = _Expected(name, frozenset(stop_ids), sampling, vocab_size)
         send = partial(self._complete_one, server=server, expected=expected)
-        answer_concurrently(server, requests, send, answers.__setitem__)
+
+        def keep(key: str, answers_of_prompt: list[GeneratedAnswer]) -> None:
+            answers[key] = answers_of_prompt
+            if on_answered is not None:
+                on_answered(1)
+
+        answer_concurrently(server, requests, send, keep)
         return [answer for key in requests for answer in answers[key]]
 
     def _complete_one(

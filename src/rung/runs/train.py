@@ -46,7 +46,7 @@ from rung.runs.dataset import RunData, read_splits
 from rung.runs.judge import JudgeScorer
 from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train, settle_arithmetic
 from rung.runs.reward_head import write_score_head
-from rung.runs.server import MOVABLE_SETTINGS, check_rollout_server, rollout_sampler
+from rung.runs.server import MOVABLE_SETTINGS, check_servers, rollout_sampler
 from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
@@ -94,7 +94,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     manifest: dict[str, Any] | None = world.on_rank0(finished_manifest)
     if manifest is not None:
         return manifest
-    check_rollout_server(config)
+    check_servers(config)
     splits = read_splits(config)
     checks.check_code_reward(config, splits)
     load_config = keep_arithmetic(config, output) if start.resume else config
@@ -110,7 +110,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
-    check_rollout_server(config)
+    check_servers(config)
     splits = read_splits(config)
     checks.check_code_reward(config, splits)
     base = load_base_to_train(config)
@@ -147,7 +147,7 @@ def train_on_data(
     `stop_check` gets every validation loss and returns the reason to end the run there, or None.
     """
     # checks first: data or a method that cannot be used must leave no folder
-    check_rollout_server(config)
+    check_servers(config)
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
-from rung.models.document_values import values_by_document
+from rung.models.document_values import token_values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
@@ -181,14 +181,8 @@ class RolloutSource:
 
     def _values_by_document(self, documents: Sequence[Example], value: BatchValues) -> list[np.ndarray]:
         """Values [predictions] of each document, computed in packed batches without gradient."""
-
-        def split_by_document(batch: PackedBatch) -> list[np.ndarray]:
-            # entries of the loss index are grouped by owner in the order of predictions
-            values, owner = value(batch).cpu(), batch.loss.owner.cpu()
-            return [values[owner == i].numpy() for i in range(len(batch.documents))]
-
         policies = [self.policy, *self.objective.partner_policies()]
-        return values_by_document(policies, documents, self.budget, split_by_document)
+        return token_values_by_document(policies, documents, self.budget, value)
 
 
 def _prompt_ids(document: Example) -> Example:

@@ -111,7 +111,7 @@ def check_sampler(policy: Policy, drawn: DrawnAnswers, dtype: str, evaluate: Doc
     other = _nearer_model(policy, drawn, evaluate)
     if is_same and other is None:
         if not is_exact and own_rule.state == "failed":
-            print_status(f"the server's log-probabilities differ from the policy's: {measured}; weights correct for it")
+            print_status(f"the server rounds otherwise than this process: log-probabilities differ by {measured}")
         return Gate("rollout.distribution", "passed", measured, limit)
     reason = other or "the server has another base or older weights, or draws otherwise than it reports"
     return Gate("rollout.distribution", "failed", f"{measured}: {reason}", limit)
