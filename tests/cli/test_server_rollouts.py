@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import inside, log
+from processes import inside, log, start
 from vllm_server import Engine, serving
 
 
@@ -152,6 +154,30 @@ def test_what_a_server_cannot_do(
 def test_a_server_that_is_not_there(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = inside(capsys, "train", rewarded, "objective.rollout.server.url=http://127.0.0.1:9/v1")
     assert code == 3 and "cannot be reached" in err and "loading" not in err and not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_no_decoding_here(rewarded: Path, capsys: Any) -> None:
+    stages = []
+    for setting in ((), ("objective.rollout.server=null",)):
+        code, out, err = inside(capsys, "plan", rewarded, *setting, "--json")
+        assert code == 0, err
+        stages.append("rollouts" in out)
+    assert stages == [False, True]
+
+
+@pytest.mark.soak
+def test_a_killed_run_leaves_no_adapter(rewarded: Path, tmp_path: Path, vllm: Engine, capsys: Any) -> None:
+    """Killed while the server answers: the adapter stays loaded until the next start, which unloads it."""
+    vllm.rules["slow"] = 0.3
+    with start("train", rewarded, "training.max_steps=3") as running:
+        while running.poll() is None and not vllm.adapters:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    (left,) = vllm.adapters
+    vllm.rules = {}
+    code, _, err = inside(capsys, "train", rewarded, "training.max_steps=3", "--resume")
+    assert code == 0 and f"unloaded {left}" in err and not vllm.adapters, err
+    assert not (tmp_path / "run" / "sampler").exists()
 
 
 def test_a_student_answers_here(rewarded: Path, tiny_base: Path, capsys: Any) -> None:

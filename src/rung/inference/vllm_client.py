@@ -185,7 +185,9 @@ class AdapterServer:
                 reply = client.completions.create(model=server.model, **request)
         except RefusedError as error:
             raise self._error(f"a prompt got no answer: {error}") from None
-        if (name := getattr(reply, "model", None)) != expected.name:
+        # of a base with several names vLLM answers with the first
+        is_base = expected.name == self.config.model
+        if not is_base and (name := getattr(reply, "model", None)) != expected.name:
             raise self._error("another model answered", given=name, allowed=expected.name)
         choices = getattr(reply, "choices", None)
         choices = choices if isinstance(choices, list) else []

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
+from rung.console import print_status
 from rung.models.document_values import token_values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import compare_logprobs
 from rung.training.run_folder import Gate
-from rung.training.server_sampler import DrawnAnswers, ServerSampler, check_sampler
+from rung.training.server_sampler import DrawnAnswers, ServerSampler, check_sampler, rounds_otherwise
 from rung.types import ON_POLICY, SAMPLER_LOGRATIO, Example, PackedBatch, Rollout
 
 BatchValues = Callable[[PackedBatch], Tensor]
@@ -141,7 +142,10 @@ class RolloutSource:
         dtype = "bfloat16" if self.config.server is None else self.config.server.dtype
         gate = check_sampler(self.policy, drawn, dtype, self._values_by_document)
         if gate.state == "failed" or not self.is_decoder_checked:
-            self.gate, self.is_decoder_checked = gate, True
+            self.gate = gate
+        if not self.is_decoder_checked and gate.state == "passed" and rounds_otherwise(self.policy, drawn):
+            print_status("the server rounds otherwise than this process: importance weights correct the loss for it")
+        self.is_decoder_checked = True
         return drawn
 
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
