@@ -30,8 +30,8 @@ def vllm(served: Engine) -> Engine:
 @pytest.fixture
 def here(config: Path, tmp_path: Path) -> Path:
     """The config of a run whose answers end before the first p that they have."""
-    text = config.read_text().replace("max_new_tokens: 8", "max_new_tokens: 8, stop: [p], limit: 12")
-    config.write_text(text.replace("max_steps: 6", "max_steps: 12"))
+    text = config.read_text().replace("max_new_tokens: 8", "max_new_tokens: 8, stop: [p], limit: 8")
+    config.write_text(text.replace("max_steps: 6", "max_steps: 8"))
     return config
 
 
@@ -60,7 +60,7 @@ def test_a_run_answers_there_as_it_does_here(
     result, manifest = json.loads(out), json.loads((run / "run.json").read_text())
     assert result["server"] == manifest["metrics"]["server"] == {"url": vllm.url, "model": "base"}
     paths = [path for path, _ in vllm.requests]
-    assert paths.count("/completions") == 12 and paths[-1] == "/unload_lora_adapter" and not vllm.adapters
+    assert paths.count("/completions") == 8 and paths[-1] == "/unload_lora_adapter" and not vllm.adapters
     loaded = next(asked for path, asked in vllm.requests if path == "/load_lora_adapter")
     assert loaded["lora_path"] == str(run / "adapter") and find_damage(run / "adapter") is None
     # the same without a server
@@ -71,7 +71,7 @@ def test_a_run_answers_there_as_it_does_here(
     code, out, err = inside(capsys, "eval", run, "--json")
     assert code == 0 and "server" not in json.loads(out), err
     local = Evaluation.read(run / "eval.parquet")
-    assert answers(by_server) == answers(local) and by_server.cut_off == local.cut_off < 12
+    assert answers(by_server) == answers(local) and by_server.cut_off == local.cut_off < 8
     assert json.loads(out)["scores"] == result["scores"] and any(not i.answer for i in local.items)
     (run / "run.json").write_text(text)
     # the base, whose name on the server is its own

@@ -29,12 +29,13 @@ def vllm(served: Engine) -> Engine:
 
 @pytest.fixture
 def rewarded(config: Path, tmp_path: Path, vllm: Engine) -> Path:
-    """The config of a run whose answers are better the shorter they are, drawn by a server in float32."""
-    (tmp_path / "mine.py").write_text("def few(answer, row):\n    return -len(answer) / 8\n")
+    """The config of a run whose answers are better the more small letters they have, drawn by a server in float32."""
+    (tmp_path / "mine.py").write_text("def few(answer, row):\n    return sum(map(str.islower, answer)) / 4\n")
     text = config.read_text().replace("learning_rate: 1.0e-2", "learning_rate: 4.0e-2")
+    text = text.replace("examples_per_step: 8", "examples_per_step: 6")
     reward = f"{{kind: function, path: '{tmp_path}/mine.py:few'}}"
     server = f"{{url: '{vllm.url}', model: base, dtype: float32}}"
-    rollout = f"{{num_generations: 4, max_new_tokens: 5, server: {server}}}"
+    rollout = f"{{num_generations: 8, max_new_tokens: 5, server: {server}}}"
     config.write_text(text + f"objective: {{kind: grpo, beta: 0.01, reward: {reward}, rollout: {rollout}}}\n")
     return config
 
@@ -43,25 +44,31 @@ PPO = (
     "objective.kind=ppo",
     "objective.rollout.num_iterations=2",
     "objective.rollout.num_minibatches=2",
-    "training.learning_rate=3.0e-2",
+    "training.schedule=constant",
 )
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_a_toy_reward_is_climbed(kind: str, rewarded: Path, tmp_path: Path, vllm: Engine, capsys: Any) -> None:
-    """As it is with answers of this process (test_grpo.py, test_ppo.py); validation is answered there too."""
+    """As it is with answers of this process; validation is answered there too."""
     settings: tuple[str, ...] = (
-        *("training.max_steps=14", "training.epochs=2", "training.schedule=constant"),
-        *("data.validation=0.05", "training.eval_every=14"),
+        "training.max_steps=7",
+        "data.validation=0.02",
+        "training.schedule=constant",
+        "training.eval_every=7",
     )
-    if kind == "ppo":
-        settings = (*PPO, "training.max_steps=36", "data.validation=0")
+    settings = (*PPO, "training.max_steps=32", "data.validation=0") if kind == "ppo" else settings
+    if kind == "grpo":  # test_ppo.py has the other one
+        local = ("objective.rollout.server=null", f"output={tmp_path}/here")
+        code, _, err = inside(capsys, "train", rewarded, *settings, *local)
+        assert code == 0 and not vllm.requests, err
     code, _, err = inside(capsys, "train", rewarded, *settings)
     assert code == 0, err
+    for run in ("here", "run")[kind == "ppo" :]:
+        rewards = [e["reward"] for e in log(tmp_path / run) if "rollout_seconds" in e]
+        assert min(rewards[-2:]) > max(rewards[:2]) + 0.7, rewards
     steps, manifest = log(tmp_path / "run"), json.loads((tmp_path / "run" / "run.json").read_text())
     entries = [e for e in steps if "rollout_seconds" in e]
-    first, last = (sum(e["reward"] for e in part) / 3 for part in (entries[:3], entries[-3:]))
-    assert last > first + 0.1, [round(e["reward"], 2) for e in entries]
     # the same weights in another engine: what is drawn has the policy's probabilities, in every step of a rollout
     steps = [e for e in steps if "ratio" in e]  # PPO may leave the rest of a rollout
     assert all(abs(e["importance_ratio"] - 1.0) < 1e-3 and e["importance_truncated"] == 0.0 for e in steps)
@@ -80,7 +87,7 @@ def test_a_toy_reward_is_climbed(kind: str, rewarded: Path, tmp_path: Path, vllm
 def test_a_server_that_dies_and_comes_back(rewarded: Path, tmp_path: Path, vllm: Engine, capsys: Any) -> None:
     """One message, a folder that goes on, and an adapter of the time before that is unloaded at the next start."""
     settings = ("training.max_steps=4", "data.validation=0")
-    vllm.rules["die_after"] = 20
+    vllm.rules["die_after"] = 15
     code, _, err = inside(capsys, "train", rewarded, *settings)
     assert code == 3 and "the server answers nobody" in err and "go on with: rung train --resume" in err
     run = tmp_path / "run"
@@ -151,7 +158,10 @@ def test_what_a_server_cannot_do(
     assert not (tmp_path / "run").exists() and not [r for r in vllm.requests if r[0] != "/models"]
 
 
-def test_a_server_that_is_not_there(rewarded: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_server_that_is_not_there(
+    rewarded: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rung.inference.vllm_client.ADAPTER_RETRIES", 0)  # they wait for a second and a half
     code, _, err = inside(capsys, "train", rewarded, "objective.rollout.server.url=http://127.0.0.1:9/v1")
     assert code == 3 and "cannot be reached" in err and "loading" not in err and not (tmp_path / "run").exists()
 

@@ -60,7 +60,7 @@ def source_of(
     policy = calibrated(Policy(loaded, attach_method(loaded.model, method, seed=0)))
     move(policy, 0.1)
     server = RolloutServerConfig(url=vllm.url, model="base", dtype=dtype)  # type: ignore[arg-type]
-    config = RolloutConfig(num_generations=3, max_new_tokens=9, server=server, **rollout)
+    config = RolloutConfig(num_generations=3, max_new_tokens=6, server=server, **rollout)
     objective = GrpoObjective(GrpoConfig(reward={"kind": "exact"}, rollout=config))
 
     def judge(documents: object, answers: list[GeneratedAnswer]) -> list[float]:
