@@ -171,8 +171,9 @@ def test_rounding_is_said_and_corrected(
     source = source_of(vllm, tiny_base, tmp_path, dtype="bfloat16")
     examples, gate = rolled(source)
     assert gate is not None and gate.state == "passed" and "the server rounds otherwise" in capsys.readouterr().err
-    ratios = np.concatenate([e.columns[SAMPLER_LOGRATIO] for e in examples])
-    assert np.abs(ratios) == pytest.approx(0.02, abs=1e-3)
+    for number, e in enumerate(examples):
+        expected = [0.02 * (-1) ** (number % 3 + k) for k in range(e.predictions)]
+        assert e.columns[SAMPLER_LOGRATIO] == pytest.approx(expected, abs=1e-3)  # log p_policy - log p_sampler
     strict = source_of(vllm, tiny_base, tmp_path)
     assert rolled(strict)[1].state == "failed"  # type: ignore[union-attr]
 
