@@ -17,6 +17,7 @@ BASES = {
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     "CodeLimitsConfig",
     "JudgeConfig",
+    "ModelServerConfig",
     "TeacherConfig",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
