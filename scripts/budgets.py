@@ -17,6 +17,7 @@ BASES = {
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     "CodeLimitsConfig",
     "JudgeConfig",
+    "ModelServerConfig",
     "TeacherConfig",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
@@ -58,8 +59,10 @@ def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
     taken = [
         a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")
     ]
-    verb = any(ast.unparse(decorator).startswith("app.command") for decorator in node.decorator_list)
-    if len(taken) > PARAMETERS and not verb:  # the options of a verb are named where they are given
+    decorators = tuple(ast.unparse(decorator) for decorator in node.decorator_list)
+    # the options of a verb are named where they are given; a kernel takes pointers and numbers and no objects
+    is_exempt = any(decorator.startswith(("app.command", "triton.jit")) for decorator in decorators)
+    if len(taken) > PARAMETERS and not is_exempt:
         yield f"{name}:{node.lineno} {node.name}: {len(taken)} parameters, at most {PARAMETERS}"
 
 

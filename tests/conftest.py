@@ -18,6 +18,7 @@ from loopback import Local
 # Before anything asks torch for a card: on a machine with one, the tests run on its processor unless they are told.
 if os.environ.get("RUNG_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, its own library included
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

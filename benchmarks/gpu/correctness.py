@@ -83,11 +83,12 @@ def trees(bench: Bench) -> dict[str, Any]:
     """Attention over segment trees, with gradients, against masks written out in float64."""
     segments = (Segment(0, 9, None), Segment(9, 14, 0), Segment(14, 21, 0), Segment(21, 24, 2), Segment(24, 30, None))
     results = {}
-    for window, prefix, (heads, kv_heads) in product((None, 7), (0, 5), ((4, 4), (4, 2))):
+    for softcap, window, prefix, (heads, kv_heads) in product((None, 1.5), (None, 7), (0, 5), ((4, 4), (4, 2))):
         for dtype, limit in ((torch.float32, FLOAT32_LIMIT), (torch.bfloat16, 2 * BFLOAT16_LIMIT)):
             case = _TreeCase(segments, window, prefix, heads, kv_heads)
-            distance = case.distance(bench.device, dtype)
-            name = f"window {window}, prefix {prefix}, heads {heads}/{kv_heads}, {str(dtype).removeprefix('torch.')}"
+            distance = case.distance(bench.device, dtype, softcap)
+            kind = f"softcap {softcap}, {str(dtype).removeprefix('torch.')}"
+            name = f"window {window}, prefix {prefix}, heads {heads}/{kv_heads}, {kind}"
             results[name] = {"distance": distance, "passed": distance < limit}
     found: dict[str, Any] = {"cases": len(results), "largest": max(r["distance"] for r in results.values())}
     found["passed"] = all(r["passed"] for r in results.values())
@@ -107,8 +108,9 @@ class _TreeCase:
         self.tensors = [torch.randn(1, h, n, 16, generator=generator, dtype=torch.float64) for h, n in sizes]
         self.gradient = torch.randn(1, tokens, heads, 16, generator=generator, dtype=torch.float64)
 
-    def distance(self, device: torch.device, dtype: torch.dtype) -> float:
+    def distance(self, device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> float:
         """Of output and gradients together, relative to float64."""
+        self.softcap = softcap
         exact = self._run(torch.device("cpu"), torch.float64, self._written_out)
         found = self._run(device, dtype, self._by_segments)
         return _distance(found, exact)
@@ -121,7 +123,7 @@ class _TreeCase:
         return torch.cat([t.detach().double().cpu().flatten() for t in (out, *gradients)])
 
     def _by_segments(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        params = AttentionParams(scaling=0.3, softcap=None, window=self.window)
+        params = AttentionParams(scaling=0.3, softcap=self.softcap, window=self.window)
         prefix = (prefix_k, prefix_v) if self.prefix else None
         return attend_tree(q, k, v, self.segments, prefix, params)
 
@@ -129,6 +131,8 @@ class _TreeCase:
         keys, values = (torch.cat(pair, dim=2) for pair in ((prefix_k, k), (prefix_v, v)))
         groups = q.shape[1] // k.shape[1]
         scores = 0.3 * q @ keys.repeat_interleave(groups, 1).transpose(-1, -2)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         weights = scores.masked_fill(~self._mask(), -torch.inf).softmax(-1)
         return (weights @ values.repeat_interleave(groups, 1)).transpose(1, 2)
 

@@ -102,6 +102,19 @@ def _lora(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     return _table((*heads, "limit tokens/s", "share", "goal"), rows)
 
 
+def _remedies(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
+    rows = results["rows"]
+    best = rows[0].get("tokens_per_second") if rows else None
+    cells = [
+        (
+            *(row["remedy"], _speed(row), _memory(row)),
+            f"{row['tokens_per_second'] / best:.2f}" if best and "tokens_per_second" in row else "",
+        )
+        for row in rows
+    ]
+    return _table(("switched off", "tokens/s", "peak", "of all on"), cells)
+
+
 def _peers(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     rows = [
         (
@@ -160,6 +173,7 @@ def _profile(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
 TABLES: tuple[tuple[str, str, Callable[[dict[str, Any], dict[str, Any]], list[str]]], ...] = (
     ("The card's own limits", "ceilings", _ceilings),
     ("LoRA, 16,384 tokens a step, rank 16", "lora", _lora),
+    ("What is switched off, 1B, documents of 256 tokens", "remedies", _remedies),
     ("The same with transformers and peft", "peers", _peers),
     ("QLoRA, 4 bits, 2,048 tokens a document", "qlora", _qlora),
     ("Phi-2's shape, one document of 1,024 tokens", "phi-2", _phi2),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from benchmarks.gpu.workbench import (
     shape_of,
 )
 from rung.config.objective import GrpoConfig, PreferenceConfig
+from rung.models import logprobs, pointwise, tree_attention
 from rung.models.fused_modules import original_forwards
 from rung.models.generate import Sampling, generate
 from rung.models.packing import pack
@@ -106,6 +108,34 @@ def _train(
     with nullcontext() if fused else original_forwards(steps.policy.model):
         found = measure(bench, lambda: steps.take(batches), tokens)
     return {**found, "flops_per_token": flops_per_token(shape_of(name), length, learned)}
+
+
+REMEDIES: dict[str, tuple[tuple[Any, str], ...]] = {
+    "all on": (),
+    "a launch a segment": ((tree_attention, "has_varlen_kernel"),),
+    "the head in tiles of 23 launches": ((logprobs, "has_logprob_kernel"),),
+    "elementwise functions as they are written": ((pointwise, "has_triton"),),
+    "all off": ((tree_attention, "has_varlen_kernel"), (logprobs, "has_logprob_kernel"), (pointwise, "has_triton")),
+}
+"""What is switched off: names of functions that say whether a device has something."""
+
+
+def remedies(bench: Bench) -> dict[str, Any]:
+    """What each part that only a card has is worth: LoRA with short documents, with each of them switched off."""
+    name, length = bench.shape("1B"), bench.tokens(256)
+    tokens = max(length, bench.tokens(STEP_TOKENS) // length * length)
+    steps = Steps(random_policy(bench, name, rank=RANK))
+    batches = pack(random_documents(name, tokens // length, length), tokens, device=bench.device)
+    rows = []
+    for remedy, functions in REMEDIES.items():
+        if bench.out_of_time:
+            break
+        with ExitStack() as stack:
+            for module, function in functions:
+                stack.enter_context(mock.patch.object(module, function, lambda *arguments: False))
+            work = partial(measure, bench, lambda: steps.take(batches), tokens)
+            rows.append(attempt({"remedy": remedy, "shape": name, "length": length}, work))
+    return {"passed": True, "rows": rows}
 
 
 def peers(bench: Bench) -> dict[str, Any]:

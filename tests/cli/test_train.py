@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from processes import inside, log, process, start
-from rung.models import matmul, matmul_routine, threads
+from rung.errors import DataError
+from rung.models import matmul, matmul_routine
+from rung.models import threads as model_threads
+from rung.training.trainer import Trainer
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -61,11 +65,11 @@ def test_run_folder(config: Path, tmp_path: Path) -> None:
 def test_a_run_says_once_that_other_processes_need_the_processors(
     config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = threads.ContentionWatch(None)  # type: ignore[arg-type]
-    watch.shared_measurements = threads.NOTICE_SECONDS
-    monkeypatch.setattr(threads, "_watch", watch)
-    monkeypatch.setattr(threads, "adapt_threads", lambda: None)
-    monkeypatch.setattr(threads, "_notice_given", False)
+    watch = model_threads.ContentionWatch(None)  # type: ignore[arg-type]
+    watch.shared_measurements = model_threads.NOTICE_SECONDS
+    monkeypatch.setattr(model_threads, "_watch", watch)
+    monkeypatch.setattr(model_threads, "adapt_threads", lambda: None)
+    monkeypatch.setattr(model_threads, "_notice_given", False)
     code, _, err = inside(capsys, "train", config)
     assert code == 0 and err.count("other processes compute on this machine's processors") == 1
 
@@ -168,6 +172,49 @@ def test_resume_gives_the_run_that_was_never_stopped(method: str, config: Path, 
         [json.loads(x)["loss"] for x in (f / "log.jsonl").read_text().splitlines()] for f in (run, tmp_path / "whole")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("settings", [[], ["method={kind: lora, rank: 4, layers: [1]}", "training.max_steps=14"]])
+def test_batches_packed_ahead_are_those_of_their_steps(
+    settings: list[str], config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card: packed in another thread, one step ahead and none beyond the last; the run is the same."""
+    packed_by = dict[str, list[str]]()
+    original = Trainer._pack_share
+
+    def pack_share(trainer: Trainer, examples: Any) -> Any:
+        packed_by[run].append(threading.current_thread().name)
+        return original(trainer, examples)
+
+    monkeypatch.setattr(Trainer, "_pack_share", pack_share)
+    for run in ("here", "ahead"):
+        packed_by[run] = []
+        monkeypatch.setattr(Trainer, "_packs_ahead", lambda trainer: run == "ahead")  # noqa: B023
+        assert inside(capsys, "train", config, "training.epochs=9", *settings, f"output={tmp_path / run}")[0] == 0
+    names = {thread.rsplit("_", 1)[0] for thread in packed_by["ahead"]}
+    steps = manifest(tmp_path / "ahead")["steps"]
+    assert names == {"packing"} and len(packed_by["ahead"]) == len(packed_by["here"]) == steps
+    assert not any(thread.name.startswith("packing") for thread in threading.enumerate())
+    here, ahead = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("here", "ahead"))
+    assert here.keys() == ahead.keys() and all(torch.equal(here[name], ahead[name]) for name in here)
+
+
+def test_packing_ahead_that_fails_ends_the_run_at_its_step(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Trainer._pack_share, list[int]()
+
+    def pack_share(trainer: Trainer, examples: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise DataError("the disk is gone", where="rows")
+        return original(trainer, examples)
+
+    monkeypatch.setattr(Trainer, "_pack_share", pack_share)
+    monkeypatch.setattr(Trainer, "_packs_ahead", lambda trainer: True)
+    code, _, err = inside(capsys, "train", config)
+    assert code == 2 and "the disk is gone" in err
+    assert manifest(tmp_path / "run")["status"] == "failed" and len(log(tmp_path / "run")) == 2
 
 
 def test_damaged_checkpoints_are_passed_over(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -18,6 +18,7 @@ from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import SftConfig
 from rung.methods.registry import attach_method
+from rung.models import generate as generation
 from rung.models.packing import pack_separately
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
@@ -123,3 +124,13 @@ def test_mutation_without_the_policy_of_dtypes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_float32_has_no_policy_of_dtypes() -> None:
     assert fsdp._precision(torch.float32) == fsdp._precision(torch.float64) == fsdp.MixedPrecisionPolicy()
+
+
+def test_a_model_in_parts_is_not_decoded_by_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card replays the calls of a token, but a layer in parts is gathered by hooks and messages."""
+    asked: list[int] = []
+    monkeypatch.setattr(generation, "decodes_statically", lambda device: asked.append(1) or True)
+    monkeypatch.setattr(generation, "StaticDecoder", lambda decoder: pytest.fail("a graph"))
+    policy = sharded("lora", torch.float32)
+    (answer,) = generation.generate(policy, [[5, 6, 7]], stop_ids=(), sampling=generation.Sampling(3))
+    assert asked and len(answer.ids) == 3

@@ -8,15 +8,17 @@ import pickle
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import inside, process
+from processes import inside
 from rung.config.io import resolve_config
 from rung.errors import ConfigError, DataError
 from rung.models.download import download_base
+from zygote import Zygote
 
 SOURCE = Path(__file__).parents[2] / "src" / "rung"
 
@@ -41,38 +43,51 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
-def begin(config: Path, base: Path, tmp_path: Path) -> tuple[int, str, str]:
-    return process("train", config, f"model.name={base}", f"output={tmp_path / 'run'}")
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    tmp_path = tmp_path_factory.mktemp("zygote")
+    found = Zygote(tmp_path / "zygote.log", RUNG_CACHE=str(tmp_path / "cache"))
+    yield found
+    found.close()
 
 
-def test_code_that_comes_with_a_model_does_not_run(config: Path, base: Path, tmp_path: Path) -> None:
+def begin(zygote: Zygote, config: Path, base: Path, tmp_path: Path) -> tuple[int, str]:
+    """Exit code and output of a run in a process of its own."""
+    before = len(zygote.log.read_text()) if zygote.log.exists() else 0
+    code = zygote.run("train", config, f"model.name={base}", f"output={tmp_path / 'run'}")
+    return code, zygote.log.read_text()[before:]
+
+
+def test_code_that_comes_with_a_model_does_not_run(zygote: Zygote, config: Path, base: Path, tmp_path: Path) -> None:
     """Nor does anybody ask for it at a terminal."""
     code = f"open({str(tmp_path / 'sung')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
     (base / "modelling.py").write_text(code)
     known = json.loads((base / "config.json").read_text())
     auto = {"AutoConfig": "modelling.Config", "AutoModelForCausalLM": "modelling.Model"}
     (base / "config.json").write_text(json.dumps({**known, "model_type": "songbird", "auto_map": auto}))
-    left, _, err = begin(config, base, tmp_path)
+    left, err = begin(zygote, config, base, tmp_path)
     assert left == 2, err
     assert "Traceback" not in err and "never runs here" in err
     assert not (tmp_path / "sung").exists() and not (tmp_path / "run").exists()
 
 
-def test_code_that_comes_with_a_tokenizer_does_not_run(config: Path, base: Path, tmp_path: Path) -> None:
+def test_code_that_comes_with_a_tokenizer_does_not_run(
+    zygote: Zygote, config: Path, base: Path, tmp_path: Path
+) -> None:
     (base / "tokenizing.py").write_text(f"open({str(tmp_path / 'sung')!r}, 'w')\nclass Own: pass\n")
     known = json.loads((base / "tokenizer_config.json").read_text())
     auto = {"AutoTokenizer": ["tokenizing.Own", "tokenizing.Own"]}
     given = {**known, "tokenizer_class": "Own", "auto_map": auto}
     (base / "tokenizer_config.json").write_text(json.dumps(given))
-    code, _, err = begin(config, base, tmp_path)
+    code, err = begin(zygote, config, base, tmp_path)
     assert "Traceback" not in err and code in (0, 2) and not (tmp_path / "sung").exists()
 
 
-def test_pickled_weights_are_not_opened(config: Path, base: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_opened(zygote: Zygote, config: Path, base: Path, tmp_path: Path) -> None:
     for file in base.glob("*.safetensors"):
         file.unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "sung")))
-    code, _, err = begin(config, base, tmp_path)
+    code, err = begin(zygote, config, base, tmp_path)
     assert code == 2 and "Traceback" not in err and not (tmp_path / "sung").exists()
 
 
@@ -96,9 +111,11 @@ def test_a_pickle_beside_an_adapter_is_not_opened(config: Path, tmp_path: Path, 
         "{% for m in messages %}{{ m.clear() }}{% endfor %}",
     ],
 )
-def test_a_template_stays_in_its_sandbox(config: Path, base: Path, tmp_path: Path, template: str) -> None:
+def test_a_template_stays_in_its_sandbox(
+    zygote: Zygote, config: Path, base: Path, tmp_path: Path, template: str
+) -> None:
     (base / "chat_template.jinja").write_text(template.replace("SUNG", str(tmp_path / "sung")))
-    code, _, err = begin(config, base, tmp_path)
+    code, err = begin(zygote, config, base, tmp_path)
     assert code in (2, 3) and "Traceback" not in err, err
     assert not (tmp_path / "sung").exists() and not (tmp_path / "run").exists()
 

@@ -6,7 +6,6 @@ on them reads nothing back, for which a graphics card would have to finish first
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,10 +16,9 @@ import pytest
 import torch
 from packaging.version import Version
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from builders import documents, policy_of, rows, tuned
+from launches import LaunchCounter
 from models import tiny_model
 from rung.config.method import METHOD_CONFIGS
 from rung.config.objective import DistillConfig, GrpoConfig, PpoConfig, PreferenceConfig, RewardConfig, SftConfig
@@ -143,31 +141,6 @@ def test_a_value_that_is_read_is_seen(read: Callable[[torch.Tensor], Any]) -> No
     policy, _ = tuned("lora")
     with pytest.raises((DataDependentOutputException, RuntimeError), match="aten|data-dependent|Dynamic|nonzero"):
         step(policy, Peeking(SftConfig()), documents(), torch.float32)
-
-
-class LaunchCounter(TorchDispatchMode):
-    """Operations that would launch a kernel, and the bytes that they read and write."""
-
-    WITHOUT_KERNEL = frozenset(
-        {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze"}
-        | {"squeeze", "detach", "alias", "split", "split_with_sizes", "empty", "empty_like", "as_strided", "unbind"}
-        | {"new_empty", "is_same_size", "lift_fresh", "empty_strided", "chunk", "narrow", "promote_types"}
-        | {"new_empty_strided"}
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = Counter[str]()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name not in self.WITHOUT_KERNEL:
-            self.launches[name] += 1
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return result
 
 
 CEILING = {"forward": (70, 18_214), "backward": (158, 39_340)}

@@ -10,11 +10,21 @@ import torch
 from builders import greedy_by_transformers, policy_of, tuned
 from models import SHAPES, tiny_model
 from rung.models import decoding
+from rung.models import generate as generating
 from rung.models.generate import Sampling, _common_prefix_length, generate
 
 PROMPTS = [[5, 6, 7, 40, 41], [5, 6, 7, 90], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 300, 200, 100, 50]]
 
 
+@pytest.fixture(params=["as on a processor", "as on a card"])
+def on_both_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows end together and places are dropped; or each row has slots of its own and steps are read in groups."""
+    is_static = request.param == "as on a card"
+    monkeypatch.setattr(generating, "decodes_statically", lambda device: is_static)
+    monkeypatch.setattr(generating, "has_room_to_merge", lambda policy: False)
+
+
+@pytest.mark.usefixtures("on_both_devices")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prompts", [PROMPTS, [p[3:] for p in PROMPTS]], ids=["shared prefix", "nothing shared"])
 def test_greedy_answers_equal_those_of_transformers(shape: str, prompts: list[list[int]]) -> None:
@@ -27,6 +37,7 @@ def test_greedy_answers_equal_those_of_transformers(shape: str, prompts: list[li
         assert len(answer.logprobs) == len(expected)
 
 
+@pytest.mark.usefixtures("on_both_devices")
 def test_an_adapter_answers_otherwise_than_its_base() -> None:
     policy, method = tuned("lora")
     with_adapter = generate(policy, PROMPTS, stop_ids=[2], sampling=Sampling(8))
@@ -35,6 +46,7 @@ def test_an_adapter_answers_otherwise_than_its_base() -> None:
     assert [a.ids for a in with_adapter] != [a.ids for a in without]
 
 
+@pytest.mark.usefixtures("on_both_devices")
 def test_sampling_follows_the_seed_and_the_distribution() -> None:
     policy = policy_of(tiny_model(vocab_size=12))
     again = [
@@ -50,6 +62,7 @@ def test_sampling_follows_the_seed_and_the_distribution() -> None:
     assert (share - torch.softmax(logits / 0.7, -1)).abs().max() < 0.03  # four standard errors at most
 
 
+@pytest.mark.usefixtures("on_both_devices")
 def test_one_prompt_streams_its_tokens() -> None:
     seen: list[list[int]] = []
     on_token = lambda tokens: bool(seen.append(list(tokens)))  # noqa: E731
@@ -75,6 +88,7 @@ MANY = [
 ]
 
 
+@pytest.mark.usefixtures("on_both_devices")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prompts", [MANY, [p[3:] for p in MANY]], ids=["shared prefix", "nothing shared"])
 def test_a_place_that_is_filled_again_sees_nothing_of_its_former_row(shape: str, prompts: list[list[int]]) -> None:
@@ -109,6 +123,7 @@ def test_a_drawn_token_inverts_the_distribution(vocabulary: int, dtype: torch.dt
     assert len(decoding.invert_distribution(weights[:0], uniform[:0])) == 0
 
 
+@pytest.mark.usefixtures("on_both_devices")
 @pytest.mark.parametrize("prompts", [MANY, [p[3:] for p in MANY]], ids=["shared prefix", "nothing shared"])
 def test_the_caller_may_end_an_answer(prompts: list[list[int]]) -> None:
     """Each answer is the beginning of the one that nothing ended, up to the token that ends it."""

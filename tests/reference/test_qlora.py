@@ -23,6 +23,7 @@ from rung.config.training import OptimizerConfig
 from rung.methods.lora import Lora
 from rung.methods.qlora import dense_weight, dequantize_base, is_quantized, quantized_tensors
 from rung.methods.registry import attach_method
+from rung.models.fused_modules import original_forwards
 from rung.models.load import load_base
 from rung.models.packing import pack, pack_separately
 from rung.models.policy import NoMethod, Policy
@@ -33,6 +34,7 @@ from rung.training.fsdp import digests
 from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
 from rung.training.optimizer import make_optimizer, set_learning_rate
 from rung.training.step import accumulate
+from tolerances import FLOAT32
 
 SFT = SftObjective(SftConfig())
 LEVELS = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
@@ -91,6 +93,48 @@ def test_it_is_lora_on_the_dequantized_base(bits: int, shape: str) -> None:
     accumulate(policy, SFT, pack(examples, 50))
     accumulate(reference, SFT, pack(examples, 50))
     assert distance(gradients(method), gradients(lora)) < (1e-3 if bits == 4 else 0.1)
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v", "o", "gate", "up", "down"), ("q", "down")])
+def test_fused_products_are_those_of_bitsandbytes_and_peft(targets: tuple[str, ...]) -> None:
+    """A matrix is made for each product and kept for none: what is stored is as much as with a dense base, no more."""
+
+    def stored(policy: Policy) -> tuple[dict[str, Tensor], int]:
+        policy.model.zero_grad()
+        sizes = dict[int, int]()
+
+        def pack_(tensor: Tensor) -> Tensor:
+            is_parameter = tensor.untyped_storage().data_ptr() in weights
+            sizes[tensor.untyped_storage().data_ptr()] = 0 if is_parameter else tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+        batch = pack(documents(), 10_000)[0]
+        with torch.autograd.graph.saved_tensors_hooks(pack_, lambda tensor: tensor):
+            loss = policy.logprobs(batch).sum()
+        loss.backward()
+        return gradients(policy.method), sum(sizes.values())  # type: ignore[arg-type]
+
+    policy, method = qlora(targets=targets)
+    ours, bytes_ = stored(policy)
+    with original_forwards(policy.model):
+        theirs, bytes_of_peft = stored(policy)
+    dense_model = tiny_model(**WIDE)
+    _, bytes_of_lora = stored(policy_of(dense_model, attach_method(dense_model, LoraConfig(targets=targets), seed=0)))
+    assert distance(ours, theirs) < FLOAT32
+    assert bytes_ <= 1.01 * bytes_of_lora < 0.75 * bytes_of_peft
+
+
+def test_without_a_gradient_bitsandbytes_computes() -> None:
+    """Its kernel for single rows reads 4 bits; a matrix made for each would be read in 16 or 32."""
+    policy, method = qlora()
+    linear = method.model.get_submodule(next(iter(method.names)))
+    params = method.linear_params(linear)
+    assert params is not None and params.dequantize is not None and params.a is not None
+    with torch.no_grad():
+        assert method.linear_params(linear) is None
+    eight, method = qlora(bits=8)
+    assert method.linear_params(method.model.get_submodule(next(iter(method.names)))) is None
 
 
 def test_the_gates_hold() -> None:

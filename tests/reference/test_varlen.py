@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from builders import documents, policy_of, tuned
+from launches import VarlenKernel as Kernel
+from launches import stand_in_varlen as stand_in
 from models import tiny_model
 from rung.config.objective import SftConfig
-from rung.models import tree_attention, varlen_attention
+from rung.models import varlen_attention
 from rung.models.packing import MIN_PREFIX_AHEAD, pack
 from rung.models.tree_attention import AttentionParams, attend_tree
 from rung.models.varlen_attention import has_varlen_kernel, varlen_layout
@@ -26,58 +26,9 @@ FLAT = (Segment(0, 5, None), Segment(5, 6, None), Segment(6, 14, None))
 TREE = (Segment(0, 4, None), Segment(4, 9, 0), Segment(9, 11, 0), Segment(11, 12, 2), Segment(12, 17, None))
 
 
-class Kernel:
-    """What torch's variable-length kernel promises: heads in groups, causal from the last key, windows to the left."""
-
-    def __init__(self, *, from_the_last_key: bool = True) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.from_the_last_key = from_the_last_key
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> tuple[Tensor, ...]:
-        ends_q, ends_k, max_q, max_k, dropout, is_causal, debug = given
-        self.calls.append((ends_q, ends_k))
-        assert (dropout, is_causal, debug) == (0.0, True, False) and ends_q.dtype is ends_k.dtype is torch.int32
-        assert max_q == int(ends_q.diff().max()) and max_k == int(ends_k.diff().max())
-        assert query.is_contiguous() and len(key) == len(value) == int(ends_k[-1]) and len(query) == int(ends_q[-1])
-        nothing = query.new_zeros(())
-        return self._attend(query, key, value, ends_q, ends_k, options), nothing, nothing, nothing, nothing
-
-    def backward(self, grad: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-        query, key, value, _, _, ends_q, ends_k, *_ = tensors
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(True) for t in (query, key, value)]
-            out = self._attend(*leaves, ends_q, ends_k, options)
-            return torch.autograd.grad(out, leaves, grad)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        groups, pieces = query.shape[1] // key.shape[1], []
-        scale = options["scale"] if options["scale"] is not None else query.shape[-1] ** -0.5
-        for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
-            q, k, v = query[a:b], key[c:d].repeat_interleave(groups, 1), value[c:d].repeat_interleave(groups, 1)
-            shift = d - c - (b - a) if self.from_the_last_key else 0
-            distance = torch.arange(b - a)[:, None] + shift - torch.arange(d - c)
-            visible = distance >= 0
-            if "window_size_left" in options:
-                assert options["window_size_right"] == 0
-                visible &= distance <= options["window_size_left"]
-            scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * scale
-            weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-            pieces.append(torch.einsum("hqk,khd->qhd", weights, v.double()))
-        return torch.cat(pieces).to(query.dtype)
-
-
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     yield stand_in(monkeypatch, Kernel())
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> Kernel:
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel.forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", kernel.backward)
-    monkeypatch.setattr(tree_attention, "has_varlen_kernel", lambda query, value: True)
-    return kernel
 
 
 def results(segments: tuple[Segment, ...], window: int | None, prefix: int, kv_heads: int) -> list[Tensor]:

@@ -33,7 +33,7 @@ from rung.methods.adapter_files import CONFIG, read_state, saved_scale, write_pe
 from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import input_second_moments, weight_gradients
 from rung.methods.protocol import CalibrationData, Method, TrainableSet
-from rung.methods.qlora import dequantize_base, merged_linear, quantize
+from rung.methods.qlora import dequantize_base, four_bit_params, merged_linear, quantize
 from rung.models.bfloat16_storage import keeps_bfloat16_weights, pretend_float32_weights
 from rung.models.fused_modules import linear_weight, plain_linear_params
 from rung.models.fused_ops import LinearParams
@@ -192,13 +192,40 @@ class Lora(Method):
             for p, flag in zip(parameters, requires_grad, strict=True):  # peft sets all of them to True
                 p.requires_grad_(flag)
 
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the context the adapted linears hold W + scale * B A, and no adapter is multiplied.
+
+        W itself is kept beside it and comes back, bit for bit. In bfloat16 the sum rounds: log-probabilities are as far
+        from float32 as those of the adapter computed in bfloat16 (docs/log.md). Where an adapter cannot be merged
+        exactly as it computes (dropout, DoRA, 4 and 8 bits), or is off, the model computes as before.
+        """
+        layers = [layer for layer in self.layers().values() if type(layer) is PeftLinear]
+        params = [self.linear_params(layer) for layer in layers]
+        if not layers or len(layers) < len(self.names) or any(p is None or p.a is None for p in params):
+            yield
+            return
+        weights = [layer.base_layer.weight for layer in layers]
+        originals = [weight.data for weight in weights]
+        try:
+            for layer, weight, p in zip(layers, weights, params, strict=True):
+                weight.data = _merged_weight(p, weight)  # type: ignore[arg-type]
+                layer.merged_adapters.extend(layer.active_adapters)
+            yield
+        finally:
+            for layer, weight, original in zip(layers, weights, originals, strict=True):
+                weight.data = original
+                layer.merged_adapters.clear()
+
     def linear_params(self, module: nn.Module) -> LinearParams | None:
         """Parameters of peft's layer as it computes now; None if only peft can compute it (dropout, DoRA, variants)."""
-        # The exact type: peft's other layers (quantized, embeddings) have their own products.
-        if type(module) is not PeftLinear:
+        # The exact types: peft's other layers (8 bits, embeddings) have their own products.
+        if type(module) is not PeftLinear and type(module).__name__ != "Linear4bit":
             return plain_linear_params(module)
         layer: Any = module
-        base = plain_linear_params(layer.base_layer)
+        if not hasattr(layer, "base_layer"):  # in 4 bits without an adapter
+            return four_bit_params(layer)
+        base = plain_linear_params(layer.base_layer) or four_bit_params(layer.base_layer)
         if base is None or layer.disable_adapters or layer.merged:
             return base
         names = layer.active_adapters
@@ -409,3 +436,14 @@ def _dense_weight(layer: Any) -> Tensor:
 def _linear_shape(module: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear; the weight of a quantized one has a packed shape."""
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+@torch.no_grad()
+def _merged_weight(params: LinearParams, weight: Tensor) -> Tensor:
+    """W + scale * B A in the type and layout of `weight`, which GPT-2 stores transposed."""
+    if params.a is None or params.b is None:
+        raise ValueError("a linear without an adapter")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    delta = (params.b.to(wide) @ params.a.to(wide)).mul_(params.scale)
+    merged = delta.add_(params.weight).to(weight.dtype)
+    return merged if weight.shape == params.weight.shape and weight.stride() == params.weight.stride() else merged.T

@@ -22,6 +22,7 @@ from rung.methods.adapter_merging import LowRankFactors
 from rung.methods.lora_init import check_rank, loftq
 from rung.models.bfloat16_storage import keeps_bfloat16_weights
 from rung.models.fused_modules import linear_weight
+from rung.models.fused_ops import LinearParams
 from rung.models.streaming import clear_placement, layer_linears, placement_of, stored_linear
 from rung.models.targets import select_linears
 
@@ -98,6 +99,22 @@ def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             state = state.state2
         if hasattr(weight, "CB"):
             yield f"{name}.SCB", _eight_bit_storage(module).SCB
+
+
+def four_bit_params(module: nn.Module) -> LinearParams | None:
+    """Parameters of a linear in 4 bits for the fused functions; None for any other module, and without a gradient.
+
+    bitsandbytes has a kernel of its own for the single rows of decoding, and rounds the inputs of 8 bits on a card.
+    """
+    if not is_quantized(module) or not hasattr(module.weight, "quant_state") or not torch.is_grad_enabled():
+        return None
+    weight = cast(Any, module.weight)
+    return LinearParams(weight.data, module.bias, dequantize=partial(_dequantize, weight.quant_state))  # type: ignore[arg-type]
+
+
+def _dequantize(quant_state: Any, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    dense: Tensor = require_bitsandbytes().functional.dequantize_4bit(packed, quant_state)
+    return dense.to(dtype)
 
 
 def quantize(model: PreTrainedModel, config: QloraConfig) -> dict[str, LowRankFactors]:

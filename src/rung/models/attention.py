@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -51,12 +52,14 @@ def tree_attention(
 
     With `segments` (a sequence of `Segment`, batch size 1) each segment attends to its ancestors and, causally, to
     itself. `shared` holds keys and values by layer that precede every root; the row's keys and values are written to
-    `capture`. Without segments the mask and the cache decide, and `prefix` precedes every row. Raises `PlanError` for
-    an unknown argument, because ignoring one would change the model.
+    `capture`. Without segments the mask and the cache decide, and `prefix` precedes every row; `row_slots` [B] are the
+    slots of new tokens where rows end at different ones, which windows count from. Raises `PlanError` for an unknown
+    argument, because ignoring one would change the model.
     """
     segments: Sequence[Segment] | None = kwargs.pop("segments", None)
     shared_kv: KVByLayer | None = kwargs.pop("shared", None)
     capture: dict[int, KeysValues] | None = kwargs.pop("capture", None)
+    row_slots: Tensor | None = kwargs.pop("row_slots", None)
     prefix: KVByLayer | None = kwargs.pop("prefix", None)
     params = AttentionParams(scaling, kwargs.pop("softcap", None), kwargs.pop("sliding_window", None), dropout)
     # Segments and masks state causality; transformers sets this flag for kernels that get no mask.
@@ -70,6 +73,9 @@ def tree_attention(
         capture[layer] = key_BKSD, value_BKSD
     if segments is None:
         layer_prefix = prefix[layer] if prefix is not None else None
+        if row_slots is not None and params.window is not None and attention_mask is not None:
+            slots = torch.arange(key_BKSD.shape[2], device=row_slots.device)
+            attention_mask = attention_mask & (slots > row_slots[:, None] - params.window)[:, None, None]
         return _decode(query_BHQD, key_BKSD, value_BKSD, attention_mask, layer_prefix, params), None
     layer_shared_kv = shared_kv[layer] if shared_kv is not None else None
     return attend_tree(query_BHQD, key_BKSD, value_BKSD, segments, layer_shared_kv, params), None

@@ -4,7 +4,7 @@ A batch that is decoded until its longest answer ends computes ever fewer rows a
 nearly as much as one with many. Here all rows end at the same slot of the cache. A prompt that joins is encoded
 without padding, as a packed row beside the others that join, and its keys are copied to the slots before that end;
 whatever its place held before is masked. Its last token goes through the model with the next tokens of the other rows.
-`models/generate.py` calls `Decoder`.
+`models/generate.py` calls `Decoder`; on a card `models/static_decoding.py` decodes for it.
 
 Suffixes: B places of the batch, S slots (masked ones and the row's tokens, without the prefix), V vocabulary.
 """
@@ -92,7 +92,7 @@ class Request(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Row:
+class Row:
     """An answer that is being generated."""
 
     prompt: int
@@ -139,10 +139,10 @@ class Decoder:
     def run(self, requests: Sequence[Request]) -> dict[int, list[GeneratedAnswer]]:
         """Answers by the number of the prompt."""
         device = self.policy.device
-        self._places: list[_Row | None] = []
+        self._places: list[Row | None] = []
         self._cache = new_cache()
         self._mask_BS = torch.zeros(0, 0, dtype=torch.long, device=device)
-        answers: dict[int, list[_Row]] = {request.prompt: [] for request in requests}
+        answers: dict[int, list[Row]] = {request.prompt: [] for request in requests}
         # long prompts first: the slots that they need are there for those that join later
         waiting = deque(sorted(requests, key=lambda request: len(request.suffix), reverse=True))
         while waiting or any(self._places):
@@ -170,11 +170,11 @@ class Decoder:
         enough = min(len(waiting), max(1, places // REFILL_SHARE))
         return max(0, free) if not active or free >= enough else 0
 
-    def _join(self, requests: Sequence[Request], answers: dict[int, list[_Row]]) -> None:
+    def _join(self, requests: Sequence[Request], answers: dict[int, list[Row]]) -> None:
         """Encode prompts up to their last token and give each of their answers a place."""
         per_prompt = self.sampling.answers_per_prompt
         rows = [
-            _Row(r.prompt, r.limit, len(r.suffix), len(r.suffix) - 1, r.suffix[-1], begun=r.begun)
+            Row(r.prompt, r.limit, len(r.suffix), len(r.suffix) - 1, r.suffix[-1], begun=r.begun)
             for r in requests
             for _ in range(per_prompt)
         ]
@@ -198,15 +198,15 @@ class Decoder:
             mask_BS[place, slots - row.slots :] = 1
         self._mask_BS = mask_BS
         suffixes = [request.suffix[:-1] for request in requests]
-        for part in _parts([len(suffix) for suffix in suffixes]):
-            segments, kv_by_layer = self._encode(suffixes[part])
+        for part in encoded_together([len(suffix) for suffix in suffixes]):
+            segments, kv_by_layer = self.encode(suffixes[part])
             targets = [
                 (place, segments[i // per_prompt])
                 for i, place in enumerate(places[part.start * per_prompt : part.stop * per_prompt])
             ]
             write_rows(self._cache, kv_by_layer, targets, places=len(self._places), slots=slots)
 
-    def _encode(self, suffixes: Sequence[Sequence[int]]) -> tuple[list[Segment], KVByLayer]:
+    def encode(self, suffixes: Sequence[Sequence[int]]) -> tuple[list[Segment], KVByLayer]:
         """Keys and values of several texts as one packed row, each behind the prefix."""
         device, lengths = self.policy.device, [len(suffix) for suffix in suffixes]
         ends = list(accumulate(lengths))
@@ -243,11 +243,11 @@ class Decoder:
         if len(rows) < len(self._places):
             is_active = torch.tensor([row is not None for row in self._places], device=device)
             logits_BV = logits_BV[is_active]
-        tokens, logprobs = self._choose_tokens(logits_BV)
+        tokens, logprobs = self.choose_tokens(logits_BV, self.uniforms(len(logits_BV)))
         self._record(rows, tokens.tolist(), logprobs.tolist())
         self._trim()
 
-    def _record(self, rows: Sequence[_Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    def _record(self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Add one token to each row; a row that has ended leaves its place."""
         ended = set()
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
@@ -276,20 +276,23 @@ class Decoder:
             self._mask_BS = self._mask_BS[:, unused:]
             trim_cache(self._cache, unused)
 
-    def _choose_tokens(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(logits_BV.float() / (self.sampling.temperature or 1.0), dim=-1)
-        tokens = logprobs.argmax(dim=-1) if self.sampling.temperature == 0.0 else self._sample(logprobs)
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-    def _sample(self, logprobs_BV: Tensor) -> Tensor:
-        """Sample one token a row by inverting the cumulative distribution.
-
-        It takes one random number a row; `multinomial` draws V of them.
-        """
+    def uniforms(self, rows: int, tokens: int = 1) -> Tensor | None:
+        """A random number for each token to draw, [rows, tokens]; None for greedy answers."""
+        if self.sampling.temperature == 0.0:
+            return None
         # In float64: sums over a vocabulary in float32 lose the rare tokens.
-        device, dtype = logprobs_BV.device, widest_float(logprobs_BV.device)
-        options: Any = {"generator": self.generator, "dtype": dtype, "device": device}
-        return invert_distribution(logprobs_BV.exp(), torch.rand(len(logprobs_BV), 1, **options))
+        options: Any = {"generator": self.generator, "dtype": widest_float(self.policy.device)}
+        return torch.rand(rows, tokens, device=self.policy.device, **options)
+
+    def choose_tokens(self, logits_BV: Tensor, uniform_B1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next token of each row and its log-probability, [B] each.
+
+        A token is drawn by inverting the cumulative distribution, which takes one random number a row; `multinomial`
+        draws V of them.
+        """
+        logprobs = torch.log_softmax(logits_BV.float() / (self.sampling.temperature or 1.0), dim=-1)
+        tokens = logprobs.argmax(dim=-1) if uniform_B1 is None else invert_distribution(logprobs.exp(), uniform_B1)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def invert_distribution(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
@@ -317,7 +320,7 @@ def invert_distribution(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     return (block_B1 * SUM_BLOCK + torch.minimum(place_B1, last_B1))[:, 0]
 
 
-def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+def encoded_together(lengths: Sequence[int]) -> Iterator[slice]:
     """Adjacent texts of together at most `ENCODE_TOKENS` tokens, at least one each."""
     start, total = 0, 0
     for i, length in enumerate(lengths):

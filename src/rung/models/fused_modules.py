@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rung.models.bfloat16_storage import replaced_data
 from rung.models.fused_ops import ACTIVATIONS, Activation, LinearParams, gated, gated_linear, linears, rms_norm
+from rung.models.fused_rotary import install_fused_rotary, original_rotary
 
 LinearParamsOf = Callable[[nn.Module], LinearParams | None]
 """Reads the parameters of a linear module at each call; None if only the module's forward can compute it."""
@@ -55,6 +56,7 @@ def install_fused_forwards(
     """
     # Installed twice in a run (base, then method): the second pass must see the original forwards.
     remove_fused_forwards(model)
+    install_fused_rotary(model)
     modules, class_matches = list(model.modules()), {} if class_matches is None else class_matches
     norms = sum(_fuse_norm(module) for module in modules)
     gated_blocks = sum(_fuse_gated(module, params_of, class_matches) for module in modules)
@@ -98,7 +100,8 @@ def original_forwards(model: nn.Module) -> Iterator[None]:
     fused_forwards = {module: module.forward for module in _fused_modules(model)}
     remove_fused_forwards(model)
     try:
-        yield
+        with original_rotary():
+            yield
     finally:
         for module, fused_forward in fused_forwards.items():
             module.forward = fused_forward

@@ -3,12 +3,13 @@
 The longest common prefix of the prompts is encoded once and its keys and values are stored once for all rows
 (`models/decoding.py` decodes them). Sampling is plain temperature sampling without top-k or top-p, so that the
 log-probability of each token is that of the distribution it was drawn from. Speed is that of transformers' modules,
-one token a call.
+one token a call; on a card the calls are replayed as a graph (`models/static_decoding.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from rung.models.decoding import GeneratedAnswer as GeneratedAnswer
 from rung.models.decoding import Sampling as Sampling
 from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
+from rung.models.static_decoding import StaticDecoder, decodes_statically, has_room_to_merge
 from rung.models.tree_attention import KVByLayer, concatenate_kv
+from rung.models.weight_files import is_in_parts
 from rung.models.weight_layout import order_weights
 
 
@@ -130,7 +133,10 @@ def _generate(
     order_weights(policy.model)
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
-    with policy.autocast():
+    # a graph would replay neither the hooks nor the messages by which ranks gather a model that they share in parts
+    is_static = decodes_statically(policy.device) and not is_in_parts(policy.model)
+    merged = policy.method.merged() if is_static and has_room_to_merge(policy) else nullcontext()
+    with policy.autocast(), merged:
         prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], options.task), virtual_count + prefix_length
         decoder = Decoder(
             *(policy, prefix, start, frozenset(options.stop_ids), sampling, generator, options.batch_size),
@@ -138,7 +144,7 @@ def _generate(
         )
         begun = begun or [()] * len(prompts)
         requests = [Request(i, p[prefix_length:], limits[i], begun[i]) for i, p in enumerate(prompts)]
-        answers = decoder.run(requests)
+        answers = StaticDecoder(decoder).run(requests) if is_static else decoder.run(requests)
     return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 

@@ -6,9 +6,10 @@ The gradient of log p(y | h) with respect to h is
 
 which is attention with W as keys and as values. So it is computed as in flash attention (Dao et al. 2022, algorithm 1):
 over tiles of the vocabulary, with a running maximum and a running sum; each tile of logits is overwritten in place and
-used for both products while it is in the processor's cache. With a frozen head u is stored as N vectors and the
-backward pass is a row-wise product. With a trainable head the backward pass computes the tiles again, because the
-gradient of W needs the incoming gradient of each entry. `models/policy.py` calls `token_logprobs`.
+used for both products while it is in the processor's cache. On a card with Triton a tile is a few entries of the whole
+vocabulary, and one kernel stands between its two products (`models/logprob_kernel.py`). With a frozen head u is stored
+as N vectors and the backward pass is a row-wise product. With a trainable head the backward pass computes the tiles
+again, because the gradient of W needs the incoming gradient of each entry. `models/policy.py` calls `token_logprobs`.
 
 Suffixes: N entries of the loss index, V vocabulary, C vocabulary entries of a tile, H width.
 """
@@ -16,11 +17,12 @@ Suffixes: N entries of the loss index, V vocabulary, C vocabulary entries of a t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from rung.models.matmul import linear, matmul, product_dtype, wide_zeros
 
@@ -37,6 +39,9 @@ TILE = TileSize(512, 2048)
 CARD_TILE = TileSize(2048, 16_384)
 """A tile costs 23 kernel launches, whatever its size: 16,384 learned tokens and a vocabulary of 128,000 would be 46,000
 launches in tiles for a processor, and are 1,500 in these, for 134 MB of float32 logits (counted, not measured)."""
+KERNEL_TILE_BYTES = 3 * 4 * CARD_TILE.entries * CARD_TILE.columns
+"""Bytes of logits in a tile of the kernel: what the plan counts for `CARD_TILE`, whose logits exist three times. 1,536
+entries with a vocabulary of 128,000 in bfloat16."""
 
 
 def tile_of(device: torch.device) -> TileSize:
@@ -80,7 +85,7 @@ class LogitTransform:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logit_map: LogitTransform, tile: TileSize, target_N: Tensor, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, logit_map: LogitTransform, tile: TileSize | None, target_N: Tensor, *tensors: Any) -> Tensor:
         h_NH, weight_VH, bias_V = tensors
         head_trainable = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
         # Without a gradient of the hidden states (evaluation) no direction is needed.
@@ -92,12 +97,13 @@ class _TokenLogprobs(torch.autograd.Function):
         direction_NH = torch.empty_like(h_NH) if keep_direction else None
         # Autocast would convert each tile again; the product dtype is chosen once.
         with torch.autocast(h_NH.device.type, enabled=False):
-            head = _Head(weight_VH, bias_V, logit_map, dtype, tile.columns)
-            for rows in _slices(len(h_NH), tile.entries):
-                lse, logit, direction = head.scan(h_NH[rows], target_N[rows], wide_dtype, direction=keep_direction)
+            head = _head_of(weight_VH, bias_V, logit_map, dtype, tile)
+            for rows in _slices(len(h_NH), head.entries):
+                hidden = h_NH[rows].to(dtype)
+                lse, logit, direction = head.scan(hidden, target_N[rows], wide_dtype, direction=keep_direction)
                 lse_N[rows], logprob_N[rows] = lse, logit - lse
                 if direction_NH is not None and direction is not None:
-                    direction_NH[rows] = direction
+                    direction_NH[rows] = direction.to(h_NH.dtype)
         ctx.logit_map, ctx.tile, ctx.product_dtype = logit_map, tile, dtype
         # With a frozen head the direction replaces the hidden states.
         ctx.save_for_backward(h_NH if head_trainable else None, weight_VH, bias_V, target_N, lse_N, direction_NH)
@@ -113,55 +119,119 @@ class _TokenLogprobs(torch.autograd.Function):
         need_h, need_w, need_b = ctx.needs_input_grad[3:]
         grad_h = torch.empty_like(h_NH) if need_h else None
         # Sums over tiles are float32: in bfloat16 75 tiles of a vocabulary would lose more than their products.
-        grad_w, grad_b = (wide_zeros(p) if need else None for p, need in ((weight_VH, need_w), (bias_V, need_b)))
-        head = _Head(weight_VH, bias_V, ctx.logit_map, ctx.product_dtype, ctx.tile.columns)
-        for rows in _slices(len(h_NH), ctx.tile.entries):
-            hidden, grad, target = h_NH[rows].to(ctx.product_dtype), grad_N[rows, None], target_N[rows]
-            d_hidden = wide_zeros(hidden)
-            for columns, weight, logits in head.tiles(hidden, lse_N.dtype):
-                slope = ctx.logit_map.derivative(logits)
-                # -softmax, plus 1 at the target: the gradient of log p with respect to the logits.
-                d_z = logits.sub_(lse_N[rows, None]).exp_().neg_()
-                in_tile, index = _targets_in_columns(target, columns)
-                d_z.scatter_add_(1, index[:, None], in_tile[:, None].to(d_z.dtype))
-                d_z = d_z.mul_(slope).mul_(grad)
-                if grad_b is not None:
-                    grad_b[columns] += d_z.sum(0)
-                d_z = d_z.to(ctx.product_dtype)
-                if grad_h is not None:
-                    d_hidden += matmul(d_z, weight)
-                if grad_w is not None:
-                    grad_w[columns] += matmul(d_z.T, hidden)
-            if grad_h is not None:
+        sums = _HeadGradients(*(wide_zeros(p) if need else None for p, need in ((weight_VH, need_w), (bias_V, need_b))))
+        head = _head_of(weight_VH, bias_V, ctx.logit_map, ctx.product_dtype, ctx.tile)
+        for rows in _slices(len(h_NH), head.entries):
+            hidden = h_NH[rows].to(ctx.product_dtype)
+            d_hidden = head.backward(hidden, target_N[rows], lse_N[rows], grad_N[rows], sums, need_h=need_h)
+            if grad_h is not None and d_hidden is not None:
                 grad_h[rows] = d_hidden.to(grad_h.dtype)
-        grad_w, grad_b = (g if g is None else g.to(p.dtype) for g, p in ((grad_w, weight_VH), (grad_b, bias_V)))
+        grad_w, grad_b = (g if g is None else g.to(p.dtype) for g, p in zip(sums, (weight_VH, bias_V), strict=True))
         return None, None, None, grad_h, grad_w, grad_b
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    logit_map: LogitTransform
-    product_dtype: torch.dtype
-    columns: int
+class _HeadGradients(NamedTuple):
+    """Sums over tiles, float32 or wider; None where no gradient is needed."""
 
-    def tiles(self, h_NH: Tensor, wide_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield columns, their rows of W in the product dtype, and logits [N, C] that may be overwritten."""
-        for columns in _slices(len(self.weight_VH), self.columns):
-            weight = self.weight_VH[columns].to(self.product_dtype)
-            bias = None if self.bias_V is None else self.bias_V[columns].to(self.product_dtype)
-            yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(wide_dtype))
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+
+class _Head(Protocol):
+    """The passes over one tile of entries, for one kind of device."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of a tile."""
 
     def scan(
         self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One pass over the vocabulary: log-sum-exp, the targets' logits, and the gradient if `direction`."""
+        """Log-sum-exp and the targets' logits [N], and the gradient of log p with respect to h if `direction`."""
+
+    def backward(
+        self, h_NH: Tensor, target_N: Tensor, lse_N: Tensor, grad_N: Tensor, sums: _HeadGradients, *, need_h: bool
+    ) -> Tensor | None:
+        """Add the gradients of weight and bias to `sums`; return that of the hidden states [N, H] if `need_h`."""
+
+
+def _head_of(
+    weight_VH: Tensor, bias_V: Tensor | None, logit_map: LogitTransform, dtype: torch.dtype, tile: TileSize | None
+) -> _Head:
+    """The head of a device; a given `tile` means small tiles on any device."""
+    if tile is None and has_logprob_kernel(weight_VH.device, dtype):
+        return _KernelHead(weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype), logit_map)
+    return _TiledHead(weight_VH, bias_V, logit_map, dtype, tile or tile_of(weight_VH.device))
+
+
+def has_logprob_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `models.logprob_kernel` runs: on a card with Triton; it computes in float32."""
+    return device.type == "cuda" and dtype != torch.float64 and has_triton()
+
+
+@dataclass(frozen=True, slots=True)
+class _KernelHead:
+    """A tile holds the whole vocabulary: product, one kernel, product."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    logit_map: LogitTransform
+
+    @property
+    def entries(self) -> int:
+        tile_entries = KERNEL_TILE_BYTES // (len(self.weight_VH) * self.weight_VH.element_size())
+        # a multiple of the tiles in which cards multiply
+        return max(128, tile_entries // 128 * 128)
+
+    def scan(
+        self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        z_NV, lse_N, logit_N = self._pass(h_NH, target_N, None, writes_gradient=direction)
+        return lse_N, logit_N, matmul(z_NV, self.weight_VH) if direction else None
+
+    def backward(
+        self, h_NH: Tensor, target_N: Tensor, lse_N: Tensor, grad_N: Tensor, sums: _HeadGradients, *, need_h: bool
+    ) -> Tensor | None:
+        # the log-sum-exp again: the kernel reads the logits twice in any case
+        d_z_NV, _, _ = self._pass(h_NH, target_N, grad_N, writes_gradient=True)
+        if sums.bias_V is not None:
+            sums.bias_V.add_(d_z_NV.sum(0, dtype=sums.bias_V.dtype))
+        if sums.weight_VH is not None:
+            sums.weight_VH.add_(matmul(d_z_NV.T, h_NH))
+        return matmul(d_z_NV, self.weight_VH) if need_h else None
+
+    def _pass(
+        self, h_NH: Tensor, target_N: Tensor, factor_N: Tensor | None, *, writes_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # imported where it runs: other machines have no Triton
+        from rung.models.logprob_kernel import log_softmax_gradient_
+
+        z_NV = linear(h_NH, self.weight_VH, self.bias_V)
+        options: dict[str, Any] = {"writes_gradient": writes_gradient, **asdict(self.logit_map)}
+        lse_N, logit_N = log_softmax_gradient_(z_NV, target_N, factor_N=factor_N, **options)
+        return z_NV, lse_N, logit_N
+
+
+@dataclass(frozen=True, slots=True)
+class _TiledHead:
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    logit_map: LogitTransform
+    product_dtype: torch.dtype
+    tile: TileSize
+
+    @property
+    def entries(self) -> int:
+        return self.tile.entries
+
+    def scan(
+        self, h_NH: Tensor, target_N: Tensor, wide_dtype: torch.dtype, *, direction: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         n = len(h_NH)
         running_max = torch.full((n, 1), -torch.inf, dtype=wide_dtype, device=h_NH.device)
         exp_sum, logit = torch.zeros_like(running_max), torch.zeros_like(running_max)
         weighted_sum = torch.zeros(n, h_NH.shape[1], dtype=wide_dtype, device=h_NH.device) if direction else None
-        for columns, weight, logits in self.tiles(h_NH.to(self.product_dtype), wide_dtype):
+        for columns, weight, logits in self._tiles(h_NH, wide_dtype):
             in_tile, index = _targets_in_columns(target_N, columns)
             # Read before the tile is overwritten below.
             logit = torch.where(in_tile[:, None], logits.gather(1, index[:, None]), logit)
@@ -179,8 +249,35 @@ class _Head:
         if weighted_sum is not None:
             slope = self.logit_map.derivative(logit)
             expected_NH = weighted_sum.div_(exp_sum)
-            weighted_sum = (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(expected_NH).to(h_NH.dtype)
+            weighted_sum = (self.weight_VH[target_N].to(wide_dtype) * slope).sub_(expected_NH)
         return (running_max + exp_sum.log())[:, 0], logit[:, 0], weighted_sum
+
+    def backward(
+        self, h_NH: Tensor, target_N: Tensor, lse_N: Tensor, grad_N: Tensor, sums: _HeadGradients, *, need_h: bool
+    ) -> Tensor | None:
+        d_hidden = wide_zeros(h_NH) if need_h else None
+        for columns, weight, logits in self._tiles(h_NH, lse_N.dtype):
+            slope = self.logit_map.derivative(logits)
+            # -softmax, plus 1 at the target: the gradient of log p with respect to the logits.
+            d_z = logits.sub_(lse_N[:, None]).exp_().neg_()
+            in_tile, index = _targets_in_columns(target_N, columns)
+            d_z.scatter_add_(1, index[:, None], in_tile[:, None].to(d_z.dtype))
+            d_z = d_z.mul_(slope).mul_(grad_N[:, None])
+            if sums.bias_V is not None:
+                sums.bias_V[columns] += d_z.sum(0)
+            d_z = d_z.to(self.product_dtype)
+            if d_hidden is not None:
+                d_hidden += matmul(d_z, weight)
+            if sums.weight_VH is not None:
+                sums.weight_VH[columns] += matmul(d_z.T, h_NH)
+        return d_hidden
+
+    def _tiles(self, h_NH: Tensor, wide_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield columns, their rows of W in the product dtype, and logits [N, C] that may be overwritten."""
+        for columns in _slices(len(self.weight_VH), self.tile.columns):
+            weight = self.weight_VH[columns].to(self.product_dtype)
+            bias = None if self.bias_V is None else self.bias_V[columns].to(self.product_dtype)
+            yield columns, weight, self.logit_map.apply_(linear(h_NH, weight, bias).to(wide_dtype))
 
 
 def _targets_in_columns(target_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -210,5 +307,4 @@ def token_logprobs(
     `head` is the model's output layer (weight [V, H], optional bias [V]); `h_NH` the hidden states that predict.
     A uniform head gives -log V. `tile` is that of the device unless given.
     """
-    tile = tile or tile_of(h_NH.device)
     return _TokenLogprobs.apply(logit_map, tile, target_N, h_NH, *head_tensors(head))  # type: ignore[no-any-return, no-untyped-call]

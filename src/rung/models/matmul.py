@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rung.models.pointwise import on_card
+
 # The libraries read these at their first product, which comes after this import. `setdefault` keeps a user's value.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -62,6 +64,24 @@ def onednn_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None)
 def matmul(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     """Compute a b, [N, M]."""
     return linear(a_NK, b_KM.T)
+
+
+def scaled_matmul(a_NK: Tensor, b_KM: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Compute scale * a b, [N, M]; on a card in one launch."""
+    if on_card(a_NK):
+        ignored = a_NK.new_empty(1, 1)  # beta = 0: not read
+        if out is None:
+            return torch.addmm(ignored, a_NK, b_KM, beta=0, alpha=scale)
+        return torch.addmm(ignored, a_NK, b_KM, beta=0, alpha=scale, out=out)
+    product = matmul(a_NK, b_KM).mul_(scale)
+    return product if out is None else out.copy_(product)
+
+
+def add_matmul_(total_NM: Tensor | None, a_NK: Tensor, b_KM: Tensor) -> Tensor:
+    """Add a b to the total in place; without a total the product. On a card in one launch."""
+    if total_NM is None:
+        return matmul(a_NK, b_KM)
+    return total_NM.addmm_(a_NK, b_KM) if on_card(a_NK) else total_NM.add_(matmul(a_NK, b_KM))
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

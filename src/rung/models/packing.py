@@ -328,7 +328,7 @@ def _build_batch(
         weight.append(np.full(len(predicted_positions), example.weight, dtype=np.float32))
         owner.append(np.full(len(predicted_positions), i))
     columns = {name: np.concatenate([e.columns[name] for e in examples]) for name in examples[0].columns}
-    column_tensors = {name: torch.from_numpy(values).to(device) for name, values in columns.items()}
+    column_tensors = {name: _on_device(torch.from_numpy(values), device) for name, values in columns.items()}
     index = [_to_tensor(part, device) for part in (source, target, weight, owner)]
     loss = LossIndex(index[0], index[1], index[2], index[3], column_tensors)
     return PackedBatch(
@@ -348,7 +348,14 @@ def _to_tensor(parts: Sequence[np.ndarray], device: torch.device | None) -> torc
     array = np.concatenate(parts)
     # float32 are the weights; everything else is ids and positions, which torch indexes with int64
     typed = array if array.dtype == np.float32 else array.astype(np.int64)
-    return torch.from_numpy(typed).to(device)
+    return _on_device(torch.from_numpy(typed), device)
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """The tensor on the device; a card copies from pinned memory while the host goes on."""
+    if device is not None and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _from_different_rows(a: Example, b: Example) -> bool:

@@ -64,6 +64,10 @@ class PolicyMethod(Protocol):
         """Within the context the model is the base without the method."""
         return nullcontext()
 
+    def merged(self) -> AbstractContextManager[None]:
+        """Within the context the method is part of the weights, where it can be: decoding multiplies less."""
+        return nullcontext()
+
 
 class NoMethod(PolicyMethod):
     """The method of a policy that is not tuned: off and on are the same."""

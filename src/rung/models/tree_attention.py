@@ -3,7 +3,8 @@
 On a processor all segments of a row are one autograd function, whose backward pass stores queries, keys, values,
 outputs and one number a query. It computes in float32 under bfloat16 autocast too: torch's kernel for bfloat16 takes up
 to three times as long for documents of 200 tokens. On a card of the last generations all segments of a row are one
-kernel call (`models.varlen_attention`): one launch per segment would leave it idle. Called by `models/attention.py`.
+kernel call (`models.varlen_attention`; with capped scores `models.flex_tree_attention`): one launch per segment would
+leave it idle. Called by `models/attention.py`.
 
 Suffixes: H heads, K key/value heads, T tokens of the row, P prefix tokens, Q queries and S keys of one segment, D head
 width.
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from rung.models.flex_tree_attention import attend_flex, has_flex_kernel
 from rung.models.matmul import wide_zeros
 from rung.models.varlen_attention import attend_varlen, has_varlen_kernel
 from rung.types import Segment
@@ -62,11 +64,14 @@ def attend_tree(
     prefix = prefix and (prefix[0].to(key_1KTD.dtype), prefix[1].to(value_1KTD.dtype))
     if params.softcap is None and not params.dropout and has_varlen_kernel(query_1HTD, value_1KTD):
         return attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, prefix, params.scaling, params.window)
+    if params.softcap is not None and not params.dropout and has_flex_kernel(query_1HTD):
+        options: Any = {"scaling": params.scaling, "softcap": params.softcap, "window": params.window}
+        return attend_flex(query_1HTD, key_1KTD, value_1KTD, segments, prefix, **options)
     same_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the CPU kernel requires it
     if _on_processor(query_1HTD.device) and params.softcap is None and not params.dropout and same_width:
         tensors = (query_1HTD, key_1KTD, value_1KTD, *(prefix or (None, None)))
         return _FlashTree.apply(tuple(segments), params, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    # The general path, one launch a segment: softcap, dropout, unequal widths, or a device without a kernel for rows.
+    # The general path, one launch a segment: dropout, unequal widths, or a device without a kernel for rows.
     keys, values = SplitKV(key_1KTD, prefix and prefix[0]), SplitKV(value_1KTD, prefix and prefix[1])
     is_shared = prefix is not None or any(s.parent is not None for s in segments)
     if is_shared and torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
@@ -64,6 +65,11 @@ class StoredTensor(NamedTuple):
 def stored_tensor(parameter: Tensor) -> StoredTensor | None:
     """Where the values of a parameter are that is not read yet; None for any other parameter."""
     return getattr(parameter, _ATTRIBUTE, None) if parameter.is_meta else None
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether several ranks share the model, each with some rows."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def headers_digest(folder: Path) -> str:

@@ -45,10 +45,6 @@ class MethodCost:
         return (self.trainable or 0) + self.frozen_parameters
 
 
-SOFTCAP_KINDS = frozenset({"gemma2"})
-"""Models whose attention scores are capped, which the kernel of cards does not know."""
-
-
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
     """Cost of a method's config for a model of this shape. Raises `ConfigError` for layers that do not exist."""
     formula = _BY_KIND.get(config.kind)
@@ -133,11 +129,12 @@ def layer_bytes_per_token(shape: ModelShape, compute: str = "float32", device: s
 
 
 def has_row_kernel(shape: ModelShape, compute: str) -> bool:
-    """Whether a card computes the attention of a whole row in one call, as `models.varlen_attention` does there.
+    """Whether a card computes the attention of a whole row in one call.
 
-    bfloat16 is computed from Ampere on, the first cards with the kernel.
+    `models.varlen_attention` does there, and `models.flex_tree_attention` where scores are capped. bfloat16 is computed
+    from Ampere on, the first cards with the kernels.
     """
-    return compute == "bfloat16" and shape.kind not in SOFTCAP_KINDS and shape.head_width in range(8, 257, 8)
+    return compute == "bfloat16" and shape.head_width in range(8, 257, 8)
 
 
 def activation_bytes_per_token(

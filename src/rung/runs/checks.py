@@ -149,6 +149,8 @@ def plan_run(config: RunConfig, trainer: Trainer, data: RunData, *, beyond: bool
         trainer.set_budget(max(MIN_TOKENS, trainer.budget * 3 // 4))
         estimate, micro_batch = _plan_of_rows(config, trainer, data)
     _refuse(config, estimate, device, beyond=beyond)
+    if available:
+        trainer.spare_device_bytes = max(0, available - estimate.required_bytes)
     return estimate, micro_batch
 
 

@@ -33,9 +33,10 @@ from rung.planning.recomputation import CPU_DOCUMENT_BYTES, layers_to_offload, l
 from rung.training import checkpoint
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
-from rung.training.frozen_layer_cache import FrozenLayerCache, has_disk_space
+from rung.training.frozen_layer_cache import DeviceStore, FrozenLayerCache, has_device_space, has_disk_space
 from rung.training.gates import MovementGate, enforce, skip_step
 from rung.training.optimizer import OptimizerState, learning_rate_at, train_only
+from rung.training.prefetch import BatchPrefetcher
 from rung.training.rollout import RolloutSource
 from rung.training.run_folder import (
     Gate,
@@ -104,6 +105,8 @@ class Trainer:
     """The first training row, used as filler; set by `run`."""
     stop_check: StopCheck = never_stop
     """Called with every validation loss; returns the reason to end the run, or None."""
+    spare_device_bytes: int = 0
+    """Bytes of a card that the plan of the run leaves free; states of frozen layers may stay there."""
     document_bytes: int = CPU_DOCUMENT_BYTES
     """Activation bytes that one document may take; a longer one recomputes its lowest trained layers."""
 
@@ -128,6 +131,7 @@ class Trainer:
         best = self.checkpoints / "best"
         self.early_stopping = EarlyStopping(self.config.patience, best, self.writer.write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
+        self.prefetcher: BatchPrefetcher | None = None
         # log-probabilities of the reference for documents of the data never change during a run; but where layers are
         # sharded all ranks must run them equally often, which a cache filled by one rank would break
         has_cache = self.objective.compares_answers and not self.world.sharded
@@ -200,6 +204,8 @@ class Trainer:
         self.policy.model.train()
         self.frozen_cache = self._frozen_layer_cache(train)
         self._open_state_cache(train)
+        if self._packs_ahead():
+            self.prefetcher = BatchPrefetcher(lambda step: self._pack_share(self.window(train, step)), final_step)
         try:
             sampling = nullcontext() if self.rollouts is None else self.rollouts.sampling()
             with sampling, interruptible() as stopping, ProgressBar("train", final_step, self.progress.step) as bar:
@@ -223,6 +229,9 @@ class Trainer:
             if self.frozen_cache is not None:
                 self.folder.update(trunk=self.frozen_cache.summary())
                 self.frozen_cache = None  # frees its file too
+            if self.prefetcher is not None:
+                self.prefetcher.close()
+                self.prefetcher = None
         # too few steps for a verdict: run.json says so instead of lacking the gate
         if movement is not None and movement.gate is None:
             reason = f"{self.progress.steps_with_signal} of {self.progress.step} steps had something to learn from"
@@ -308,16 +317,26 @@ class Trainer:
         steps_per_epoch, layer = -(-len(train) // self.config.examples_per_step), self.lowest_trained_layer
         if not (self.config.cache_frozen_layers and layer > 0 and self._repeats_rows(train)):
             return None
-        if not has_disk_space(train, self.policy.model.config.hidden_size, "the states of frozen layers"):
+        width = self.policy.model.config.hidden_size
+        store = DeviceStore() if has_device_space(train, width, self.spare_device_bytes) else None
+        if store is None and not has_disk_space(train, width, "the states of frozen layers"):
             return None
         print_status(f"layers below {layer} do not move: each document passes them once")
-        cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=self.share_prefixes)
+        cache = FrozenLayerCache(self.policy, layer, self.budget, share_prefixes=self.share_prefixes, store=store)
         # a resume replays the first epoch with the same packing, hence the same bits. Several ranks replay every step:
         # in later epochs a rank also receives rows that another rank had in the first
         replayed_steps = steps_per_epoch if self.world.size == 1 else self.progress.step
         for step in range(min(self.progress.step, replayed_steps)):
-            cache.fill(self.pack(self.world.split_examples(self.window(train, step)), self.budget))
+            cache.fill(self._pack_share(self.window(train, step)))
         return cache
+
+    def _packs_ahead(self) -> bool:
+        """Whether batches are packed while the step before is computed: on a card, for documents of the data."""
+        return self.rollouts is None and self.policy.device.type == "cuda"
+
+    def _pack_share(self, examples: Sequence[Example]) -> list[PackedBatch]:
+        """The batches of this rank for a step over these documents."""
+        return self.pack(self.world.split_examples(examples), self.budget)
 
     def _step(self, window: Sequence[Example], final_step: int, movement: MovementGate | None) -> dict[str, Any]:
         """One optimizer step over a window of documents. Returns its log entry."""
@@ -330,7 +349,7 @@ class Trainer:
             skipped_step = StepMetrics(self.progress.loss, rate, stop_reason="the rest of the rollout")
             return skipped_step.log_entry(self.progress.step)
         examples, rollout_metrics = self._documents(window)
-        batches = self.pack(self.world.split_examples(examples), self.budget)
+        batches = self._pack_share(examples) if self.prefetcher is None else self.prefetcher.take(step)
         if self.frozen_cache is not None:
             batches = self.frozen_cache.feed(batches)
         loss, norm = self._gradient(examples, batches)
