@@ -285,6 +285,7 @@ def test_a_checkpoint_in_parts_is_taken_up_by_another_number(
         (("method={kind: mixture}",), "router"),
         (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
         (("method={kind: prompt}", "model.sharded=true"), "under lora and full alone"),
+        (("method.init=lora_ga", "model.sharded=true"), "needs the gradients of whole weights"),
         (("method={kind: full}", "model.sharded=true", "training.optimizer.state_dtype=int8"), "blocks of numbers"),
     ],
 )
