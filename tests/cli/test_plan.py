@@ -150,8 +150,8 @@ def test_the_device_of_a_plan_is_named(large: Path, capsys: Any, monkeypatch: py
         assert said["devices"] == devices and (said["device"] == "cpu") == ("processor" in name)
     code, out, _ = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "t4", "data.max_length=2048")
     assert code == 0 and "rung eval does not: it needs" in out and "evaluation.batch" in out
-    code, _, err = inside(capsys, "plan", large, "method={kind: qlora}", "--device", "h100", "--devices", "2")
-    assert code == 3 and "quantized base in several processes" in err and "--devices" in err
+    code, _, err = inside(capsys, "plan", large, "method={kind: mixture}", "--device", "h100", "--devices", "2")
+    assert code == 3 and "router's load is counted in each process" in err and "--devices" in err
     large_steps = "training.tokens_per_micro_batch=20000"
     for name, tokens in (("l40s", 8192), ("rtx4090", 2048)):
         out = inside(capsys, "plan", large, lora, large_steps, "--device", name)[1]

@@ -32,7 +32,7 @@ from rung.models.packing import pack, pack_separately
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES, ObjectiveModels, make_objective
 from rung.training.gates import check_decoding, check_identity, check_packing, check_trainable, frozen_digest
-from rung.training.optimizer import WEIGHTS, OptimizerState, make_optimizer, set_learning_rate
+from rung.training.optimizer import WEIGHTS, OptimizerState, count_trained, make_optimizer, set_learning_rate
 from rung.training.step import accumulate, mean_loss
 from rung.types import Example
 from tolerances import FLOAT32_NATS, FLOAT64
@@ -161,7 +161,9 @@ def test_starts_as_the_base_and_declares_what_moves(kind: str, config: dict[str,
     policy = calibrated(policy_of(model, method), method)
     difference = (policy.logprobs(pack(examples, 10_000)[0]) - before).abs().max()
     assert (difference < FLOAT32_NATS) == method.starts_as_base
-    assert check_trainable(method, make_optimizer(method.trainable(), OptimizerConfig())).state == "passed"
+    assert (
+        check_trainable(method, count_trained(make_optimizer(method.trainable(), OptimizerConfig()))).state == "passed"
+    )
     gate = check_identity(policy, method, in_one_batch(examples))
     assert (gate is None) == (method.artifact == "model" or not method.starts_as_base)
     assert gate is None or gate.state == "passed"

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("zygote")
-    found = Zygote(folder / "log", PYTHONPATH=f"{HERE}:{HERE.parent}")
+    found = Zygote(folder / "log", PYTHONPATH=f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}")
     yield found
     found.close()
 
@@ -62,7 +62,8 @@ def test_ten_steps_are_those_of_one_process(zygote: Zygote, method: str, objecti
 def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, objective: str, tmp_path: Path) -> None:
     """FSDP2 gathers a layer at a time; the processes have unequal numbers of batches, and compute equal ones.
 
-    Of what moves, embeddings and head are in parts as well, and each process steps its rows alone.
+    Of what moves, embeddings and head are in parts as well, and each process steps its rows alone. Layers of long
+    documents are computed again, of each process other ones: what is gathered and summed stays in step.
     """
     alone = steps(zygote, 1, method, objective, tmp_path / "1")
     model = tiny_model()
@@ -72,15 +73,85 @@ def test_a_model_in_parts_takes_the_same_steps(zygote: Zygote, method: str, obje
         else (p for n, p in model.named_parameters() if n != "model.norm.weight")
     )
     whole = sum(p.numel() for p in split)
-    for size in (2, 4):
-        output = tmp_path / str(size)
-        shared = steps(zygote, size, method, objective, output, "none", "sharded")
+    ways = [(2, "sharded"), (4, "recomputing")]
+    if objective == "sft" and method != "lora-upper":
+        ways.append((2, "recomputing"))
+    for size, how in ways:
+        output = tmp_path / f"{size}-{how}"
+        shared = steps(zygote, size, method, objective, output, "none", how)
         assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
         for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
             assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-8)
         held = [int((output / f"held.{rank}").read_text()) for rank in range(size)]
         assert sum(held) == whole and max(held) < 1.1 * whole / size
+        layers = [json.loads((output / f"recomputed.{rank}").read_text()) for rank in range(size)]
+        if how == "sharded":
+            assert not any(map(any, layers))
+        else:  # of one micro-batch none, one or both layers, in every process of other ones
+            assert all(len(set(numbers)) > 1 for numbers in layers) and len(set(map(tuple, layers))) > 1
+
+
+LOADED_IN_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("llama", {}),
+    "head": ("gemma", {"modules_to_save": ("lm_head",)}),
+    "pissa": ("gpt2", {"init": "pissa"}),
+    "corda": ("qwen2", {"init": "corda"}),
+    "dora": ("phi3", {"dora": True}),
+}
+"""Shape of the base and settings of the method, by a name of the case."""
+
+
+def test_each_process_reads_its_rows_alone(zygote: Zygote, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Nobody holds or reads the whole base; what computes is bit for bit the base that one process loads.
+
+    Starts that need whole matrices gather one at a time: PiSSA's, CorDA's, and DoRA's magnitudes.
+    """
+    for shape, _ in LOADED_IN_PARTS.values():
+        tiny_model(shape, num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path / shape)
+        tiny_tokenizer.save_pretrained(tmp_path / shape)
+    children = zygote.launch(2, tmp_path, tmp_path / "found", json.dumps(LOADED_IN_PARTS), call="shared:load_in_parts")
+    assert [zygote.wait(child) for child in children] == [0, 0], zygote.log.read_text()[-3000:]
+    ranks = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
+    for case in LOADED_IN_PARTS:
+        for found in (rank[case] for rank in ranks):
+            assert found["logprobs"] < 1e-5 and found["starts"] < 1e-5, (case, found)
+            assert found["same fused"], case
+            # its rows, and what every process holds: under full vectors, else embeddings, last norm and head
+            assert found["local"] < found["read"] < found["whole"] - 0.9 * found["local"], (case, found)
+
+
+def test_gathered_in_16_bits_the_steps_are_those_of_one_process_to_rounding(zygote: Zygote, tmp_path: Path) -> None:
+    """Master weights, sums of gradients and moments stay float32: the published weights have all their bits."""
+    alone = steps(zygote, 1, "full-bfloat16", "sft", tmp_path / "1")
+    shared = steps(zygote, 2, "full-bfloat16", "sft", tmp_path / "2", "none", "sharded")
+    for ours, theirs in zip(log(tmp_path / "2"), log(tmp_path / "1"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
+    for name, value in shared.items():
+        assert value.dtype is torch.float32 and not torch.equal(value, value.bfloat16().float()), name
+        # ten steps of Adam at 1e-3 move a number by 1e-2 at most
+        assert float((value - alone[name]).abs().mean()) < 1e-3, name
+
+
+def test_replicas_of_a_quantized_base_take_the_steps_of_one_process(
+    zygote: Zygote, config: Path, tmp_path: Path
+) -> None:
+    """Every process quantizes its copy: packed weights and scales are equal on all, and so are the steps."""
+    pytest.importorskip("bitsandbytes")
+    alone = steps(zygote, 1, "qlora", "sft", tmp_path / "1")
+    for size in (2, 4):
+        output = tmp_path / str(size)
+        shared = steps(zygote, size, "qlora", "sft", output)
+        assert max(float((shared[n] - alone[n]).abs().max()) for n in alone) < 1e-9
+        for ours, theirs in zip(log(output), log(tmp_path / "1"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        digests = [json.loads((output / f"quantized.{rank}").read_text()) for rank in range(size)]
+        assert len(digests[0]) == 2 * 7 * 3 and all(d == digests[0] for d in digests)  # weights and two kinds of scales
+    children = zygote.launch(2, "train", config, "method={kind: qlora}", f"output={tmp_path / 'run'}")
+    assert [zygote.wait(child) for child in children] == [0, 0], zygote.log.read_text()[-3000:]
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["processes"] == 2 and {gate["state"] for gate in manifest["gates"]} <= {"passed", "not_reached"}
 
 
 @pytest.mark.parametrize("mutation", ["counts of its own", "no sum of gradients"])
@@ -116,8 +187,11 @@ def torchrun(size: int, *arguments: object) -> list[str]:
 
 
 def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -> None:
-    """One folder, one voice, the losses of one process; and it goes on in one process what two began."""
-    given = ("training.checkpoint_every=3", "data.validation=0.2", "training.eval_every=3")
+    """One folder, one voice, the losses of one process; and it goes on in one process what two began.
+
+    The start is computed from whole matrices, which processes that share the base gather one at a time.
+    """
+    given = ("training.checkpoint_every=3", "data.validation=0.2", "training.eval_every=3", "method.init=pissa")
     assert inside(capsys, "train", config, *given, f"output={tmp_path / 'alone'}")[0] == 0
     command = torchrun(2, "train", config, *given, f"output={tmp_path / 'two'}", "--json")
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -133,6 +207,9 @@ def test_the_command_under_torchrun(config: Path, tmp_path: Path, capsys: Any) -
     parts = torchrun(2, "train", config, *given, f"output={tmp_path / 'parts'}", "model.sharded=true")
     found = subprocess.run(parts, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr
+    gates = [json.loads((tmp_path / run / "run.json").read_text())["gates"] for run in ("two", "parts")]
+    assert [gate["name"] for gate in gates[0]] == [gate["name"] for gate in gates[1]]
+    assert {gate["state"] for gate in gates[1]} == {"passed"}
     adapters = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("two", "parts"))
     whole, split = adapters
     assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 1e-4
@@ -208,6 +285,7 @@ def test_a_checkpoint_in_parts_is_taken_up_by_another_number(
         (("method={kind: mixture}",), "router"),
         (("objective={kind: grpo, reward: {kind: numeric}}",), "own answers"),
         (("method={kind: prompt}", "model.sharded=true"), "under lora and full alone"),
+        (("method.init=lora_ga", "model.sharded=true"), "needs the gradients of whole weights"),
         (("method={kind: full}", "model.sharded=true", "training.optimizer.state_dtype=int8"), "blocks of numbers"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,59 @@ def test_a_rank_that_a_start_cannot_have_is_refused() -> None:
 
 def test_chunks_hold_what_fits() -> None:
     assert list(in_chunks({"a": 2, "b": 2, "c": 1, "d": 9}, limit=16)) == [["a", "b"], ["c"], ["d"]]
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardly falling": lambda i: 1.0 - 0.5 * i / len(i),
+    "power law": lambda i: (i + 1.0) ** -0.5,
+    "exponential": lambda i: torch.exp(-i / 30.0),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_randomized_svd_spans_what_the_full_one_spans(spectrum: str, dtype: torch.dtype) -> None:
+    """Of a matrix with known singular values: as much of it captured to 2e-4, and the same subspace where values fall.
+
+    With the oracle's vectors in hand, the largest angle between both subspaces is that of the smallest singular value
+    of their product. A mutation with fewer power iterations misses the tolerance.
+    """
+    generator, rank = torch.Generator().manual_seed(0), 16
+    left, _ = torch.linalg.qr(torch.randn(384, 256, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64))
+    values = SPECTRA[spectrum](torch.arange(256, dtype=torch.float64))
+    matrix = left * values @ right.T
+    best = values[:rank].square().sum()
+
+    def missed() -> tuple[float, float, float]:
+        torch.manual_seed(1)
+        u, s, vh = (t.double() for t in lora_init._randomized_svd(matrix.to(dtype), rank))
+        captured = (u.T @ matrix @ vh.T).diagonal().square().sum()
+        cosines = [torch.linalg.svdvals(a[:, :rank].T @ b).min() for a, b in ((left, u), (right, vh.T))]
+        sine = max(0.0, 1.0 - float(min(cosines)) ** 2) ** 0.5
+        return float(1.0 - captured / best), sine, float((s - values[:rank]).abs().max())
+
+    energy, sine, difference = missed()
+    assert abs(energy) < 2e-4 and difference < 1e-3  # the largest value is 1
+    if spectrum != "hardly falling":  # there neighbors differ by 2e-3, and any of them is as good
+        assert sine < (1e-6 if dtype is torch.float64 else 3e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_init, "_ITERATIONS", 0)
+        assert abs(missed()[0]) > 2e-4
+
+
+def test_only_large_matrices_on_a_card_are_decomposed_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor decomposes in full, bit for bit as before."""
+    weight = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    full = torch.linalg.svd(weight, full_matrices=False)
+    u, s, vh = lora_init.leading_singular_vectors(weight, 4)
+    assert torch.equal(u, full.U[:, :4]) and torch.equal(s, full.S[:4]) and torch.equal(vh, full.Vh[:4])
+    asked: list[tuple[int, ...]] = []
+
+    class OnCard(Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+    monkeypatch.setattr(lora_init, "_randomized_svd", lambda matrix, rank: asked.append(tuple(matrix.shape)))
+    lora_init.leading_singular_vectors(torch.empty(2048, 1024).as_subclass(OnCard), 4)
+    lora_init.leading_singular_vectors(weight.as_subclass(OnCard), 4)
+    assert asked == [(2048, 1024)]

@@ -21,7 +21,7 @@ from rung.config.objective import SftConfig
 from rung.config.run import RunConfig
 from rung.config.training import OptimizerConfig
 from rung.methods.lora import Lora
-from rung.methods.qlora import dense_weight, dequantize_base, is_quantized
+from rung.methods.qlora import dense_weight, dequantize_base, is_quantized, quantized_tensors
 from rung.methods.registry import attach_method
 from rung.models.fused_modules import original_forwards
 from rung.models.load import load_base
@@ -30,6 +30,7 @@ from rung.models.policy import NoMethod, Policy
 from rung.models.streaming import layer_linears, placement_of
 from rung.objectives.sft import SftObjective
 from rung.runs import load
+from rung.training.fsdp import digests
 from rung.training.gates import check_decoding, check_identity, check_packing, frozen_digest
 from rung.training.optimizer import make_optimizer, set_learning_rate
 from rung.training.step import accumulate
@@ -301,7 +302,7 @@ def test_a_base_that_other_models_share_is_loaded_whole(
 ) -> None:
     values = {"data": {"path": "x"}, "output": "y", "method": {"kind": "qlora"}, "objective": objective}
     asked: list[bool] = []
-    monkeypatch.setattr(load, "load_base", lambda config, device, stream_linears, heads: asked.append(stream_linears))
+    monkeypatch.setattr(load, "load_base", lambda config, stream_linears, **_: asked.append(stream_linears))
     load.load_base_to_train(RunConfig.model_validate(values))
     load.load_base_to_train(RunConfig.model_validate({**values, "method": {"kind": "lora"}}))
     assert asked == [streams, False]
@@ -313,3 +314,17 @@ def test_eight_bits_have_the_outlier_threshold_of_transformers() -> None:
     expected = BitsAndBytesConfig(load_in_8bit=True).llm_int8_threshold
     assert expected == 6.0
     assert {m.state.threshold for m in quantized(method.model)} == {expected}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("bits", "kinds"), [(4, 3), (8, 2)])
+def test_a_change_of_any_packed_weight_or_scale_is_another_base(bits: int, kinds: int) -> None:
+    """What several processes compare: two that quantize one base agree, and each kind of tensor tells a difference."""
+    policy, other = (qlora(bits=bits)[0] for _ in range(2))
+    tensors, first = dict(quantized_tensors(policy.model)), digests(quantized_tensors(policy.model))
+    assert first == digests(quantized_tensors(other.model)) and len(first) == kinds * 14
+    for name in list(tensors)[:kinds]:
+        with torch.no_grad():
+            tensors[name].view(torch.uint8).view(-1)[0] ^= 1
+        changed = digests(quantized_tensors(policy.model))
+        assert changed != first, name
+        first = changed

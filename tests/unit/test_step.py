@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from builders import documents, example, policy_of, tuned
 from models import tiny_model
@@ -17,8 +21,9 @@ from rung.errors import DataError
 from rung.models.packing import pack, pack_separately
 from rung.objectives.sft import SftObjective, nll
 from rung.planning.architecture import shape_from_config
-from rung.planning.memory import layers_to_recompute, tokens_per_micro_batch
+from rung.planning.memory import tokens_per_micro_batch
 from rung.planning.method_cost import activation_bytes_per_token
+from rung.planning.recomputation import layers_to_recompute
 from rung.training import micro_batch
 from rung.training.optimizer import learning_rate_at, make_optimizer
 from rung.training.step import accumulate, mean_loss
@@ -182,6 +187,53 @@ def test_layers_computed_again_give_the_same_gradients_bit_for_bit(kind: str, co
         gradients.append([p.grad for p in method.trainable().values()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
     assert all(g is not None and bool(g.any()) for g in gradients[0])
+
+
+def inputs_alive(offloaded: range, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor | None], list[bool], int]:
+    """Gradients of a document, whether each layer's input outlived the forward pass there, and bytes on the host."""
+    policy, method = tuned("lora")
+    policy.layers_to_recompute, policy.layers_to_offload = lambda tokens: range(2), lambda tokens: offloaded
+    storages: list[weakref.ref[Any]] = []
+    for layer in policy.model.model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: storages.append(weakref.ref(inputs[0].untyped_storage())))
+    empty, host_bytes = torch.empty, 0
+
+    def counted(*shape: Any, **options: Any) -> Tensor:
+        nonlocal host_bytes
+        made = empty(*shape, **options)
+        host_bytes += made.nbytes if "pin_memory" in options else 0
+        return made
+
+    monkeypatch.setattr(torch, "empty", counted)
+    logprobs = policy.logprobs(pack_separately(documents(1))[0])
+    gc.collect()
+    alive = [storage() is not None for storage in storages]
+    logprobs.sum().backward()
+    return [p.grad for p in method.trainable().values()], alive, host_bytes
+
+
+def test_inputs_on_the_host_leave_the_device_and_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; the input of an offloaded layer is freed there until the layer is computed again."""
+    document = documents(1)[0]
+    kept, alive, host_bytes = inputs_alive(range(0), monkeypatch)
+    assert alive == [True, True] and host_bytes == 0
+    for count in (1, 2):
+        gradients, alive, host_bytes = inputs_alive(range(count), monkeypatch)
+        assert alive == [number >= count for number in range(2)]
+        assert host_bytes == count * len(document) * 32 * 4
+        assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+
+
+def test_mutation_that_keeps_what_it_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy beside the input saves nothing, and the test above sees it."""
+    hooks, held = torch.autograd.graph.saved_tensors_hooks, list[Tensor]()
+
+    def keeping(pack: Any, unpack: Any) -> Any:
+        return hooks(lambda tensor: (held.append(tensor), pack(tensor))[1], unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", keeping)
+    _, alive, _ = inputs_alive(range(2), monkeypatch)
+    assert alive == [True, True]
 
 
 @pytest.mark.parametrize("count", [1, 6])

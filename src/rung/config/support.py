@@ -55,7 +55,6 @@ def quantization_refusal(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 PROCESS_REFUSALS = {
     "mixture": "a router's load is counted in each process alone",
-    "qlora": "a quantized base in several processes has not been tested",
 }
 """Methods that only a single process can train, with the reason."""
 
@@ -67,7 +66,7 @@ def multi_process_refusal(method: str, *, own_answers: bool) -> str | None:
     return PROCESS_REFUSALS.get(method)
 
 
-def sharding_refusal(method: str, objective: str, *, reference: object, moments: str) -> str | None:
+def sharding_refusal(method: str, objective: str, *, reference: object, moments: str, init: str | None) -> str | None:
     """Why such a run cannot shard its model over processes, or None."""
     # a list of what is tested, not of what is known to fail: a silent error in sharding would ruin a run
     if method not in ("lora", "full"):
@@ -76,6 +75,8 @@ def sharding_refusal(method: str, objective: str, *, reference: object, moments:
         return f"a model in parts has been tested with sft and preference alone, not with {objective}"
     if method == "full" and moments != "float32":
         return "moments in 8 bits have scales for blocks of numbers, which do not follow the rows of a part"
+    if init == "lora_ga":
+        return "init: lora_ga needs the gradients of whole weights of the base, which nobody holds in parts"
     if reference not in (None, "base", "none"):
         return "a reference of its own would be a second model, held whole"
     return None

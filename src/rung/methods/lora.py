@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +38,7 @@ from rung.models.bfloat16_storage import keeps_bfloat16_weights, pretend_float32
 from rung.models.fused_modules import linear_weight, plain_linear_params
 from rung.models.fused_ops import LinearParams
 from rung.models.targets import layer_number, roles_of, select_linears
+from rung.models.weight_files import stored_tensor
 from rung.planning.method_cost import rank_at
 
 TRAINED_ADAPTER, OFFSET_ADAPTER = "default", "offset"
@@ -94,7 +96,9 @@ class Lora(Method):
             model.float()
         try:
             targets = [model.get_submodule(name) for name in self.names]
-            with nullcontext() if config.dora else pretend_float32_weights(targets):
+            is_stored = any(stored_tensor(p) is not None for target in targets for p in target.parameters())
+            # DoRA reads the weights; those that are not there yet it reads in `on_base_read`
+            with nullcontext() if config.dora and not is_stored else pretend_float32_weights(targets):
                 peft_config = self._config(self.full_module_names)
                 self.peft: PeftModel = without_peft_warnings(get_peft_model, model, peft_config)
                 if self.subtracts:
@@ -236,6 +240,18 @@ class Lora(Method):
     def prefix_sharing_blocker(self) -> str | None:
         """Dropout: each copy of a prefix would be dropped differently."""
         return DROPOUT_BLOCKS_SHARING if self.config.dropout else None
+
+    def adapter_parameters(self) -> Sequence[nn.Parameter]:
+        """Both halves of the update, and fully trained modules."""
+        return [*self._trainable.values(), *self._offsets]
+
+    def on_base_read(self) -> None:
+        """Set DoRA's magnitudes: the norms of the rows of each weight, while B A is zero (Liu et al. 2024, eq. 5)."""
+        if self.config.dora:
+            with torch.no_grad():
+                for layer in self.layers().values():
+                    norms = torch.linalg.vector_norm(_dense_weight(layer), dim=1)
+                    layer.lora_magnitude_vector[TRAINED_ADAPTER].weight.copy_(norms)
 
     def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
         """Set A and B as `init` says, and the frozen half so that the model still equals the base."""
@@ -410,8 +426,10 @@ def _split_halves(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _dense_weight(layer: Any) -> Tensor:
-    """The base weight [O, I] in float32 or wider."""
+    """The base weight [O, I] in float32 or wider; one that ranks share in parts is gathered by all of them."""
     weight = linear_weight(layer.base_layer).detach()
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -107,6 +107,17 @@ class Method(PolicyMethod, Protocol):
         """
         raise PlanError(self.merge_refusal, hint="serve the base with the adapter, or train a lora")
 
+    def adapter_parameters(self) -> Sequence[nn.Parameter]:
+        """Parameters besides those of the base, trained or not; ranks that share the base in parts hold them whole."""
+        return list(self.trainable().values()) if self.artifact == "adapter" else []
+
+    def on_base_read(self) -> None:
+        """Called once the weights of a base that was in its files at first are there, each rank holding some rows.
+
+        For what a method computes from them when it is attached. Every rank calls it, so it may gather.
+        """
+        return
+
     def calibrate(self, sample: CalibrationData, start: Path | None = None) -> None:
         """Initialize from weights, activations or gradients, before the first step of a run.
 

@@ -6,6 +6,7 @@ are. It saves memory, not time: each product first dequantizes its matrix. `meth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -71,13 +72,33 @@ def is_quantized(module: nn.Module) -> bool:
 def dense_weight(module: nn.Module) -> Tensor:
     """The dequantized matrix [O, I] of a quantized linear, in float32."""
     bnb, weight = require_bitsandbytes(), cast(Any, module.weight)
-    # 8 bits: the first product moves CB and SCB from the weight to the module's state.
     if hasattr(weight, "CB"):
-        storage = weight if weight.CB is not None else cast(Any, module.state)
+        storage = _eight_bit_storage(module)
         scaled: Tensor = storage.CB.float() * storage.SCB.float()[:, None] / 127.0
         return scaled.contiguous()
     weight_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return weight_OI.float()
+
+
+def _eight_bit_storage(module: nn.Module) -> Any:
+    """Where CB and SCB are: the first product moves them from the weight to the module's state."""
+    weight = cast(Any, module.weight)
+    return weight if weight.CB is not None else module.state
+
+
+def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Packed weights and their scales by name: what has to be equal in processes that quantized one base."""
+    for name, module in model.named_modules():
+        if not is_quantized(module):
+            continue
+        weight: Any = module.weight
+        yield f"{name}.weight", weight.data
+        state = getattr(weight, "quant_state", None)
+        while state is not None:  # scales of double quantization are quantized themselves
+            yield f"{name}.absmax{state.absmax.dtype}", state.absmax
+            state = state.state2
+        if hasattr(weight, "CB"):
+            yield f"{name}.SCB", _eight_bit_storage(module).SCB
 
 
 def four_bit_params(module: nn.Module) -> LinearParams | None:

@@ -83,15 +83,18 @@ def _check_index(index: Path) -> None:
 
 
 def require_finite_weights(model: nn.Module, source: object) -> None:
-    """Raise `ConfigError` for a weight that is NaN or infinite: every loss and every answer would be NaN."""
+    """Raise `ConfigError` for a weight that is NaN or infinite: every loss and every answer would be NaN.
+
+    Weights that are still in their files are looked at when they are read.
+    """
     for name, value in model.state_dict(keep_vars=True).items():
-        if value.is_floating_point() and not _is_finite(value.detach()):
+        if value.is_floating_point() and not value.is_meta and not is_finite(value.detach()):
             hint = "the file is damaged, or the training that made it diverged: take another copy or checkpoint"
             summary = f"weight {name} holds a value that is not finite"
             raise ConfigError(summary, where="model.name", given=str(source), hint=hint)
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
     """Whether no element is NaN or infinite. A sum reads memory once and shows both; it may overflow, then all are."""
     flat = value.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):

@@ -9,7 +9,7 @@ folders whose tensors are all bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
 from rung.files import check_safetensors
+from rung.models.weight_files import stored_tensor
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -67,14 +68,28 @@ def replaced_data(parameters: Sequence[nn.Parameter], convert: Callable[[Tensor]
             p.data = data
 
 
-def pretend_float32_weights(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+@contextmanager
+def pretend_float32_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context, bfloat16 parameters of these modules report float32, so peft draws adapters in float32.
 
-    Their values are not available meanwhile.
+    So do parameters that are still in their files, on the device where they belong. The values are not available
+    meanwhile.
     """
-    bfloat16_parameters = [p for module in modules for p in module.parameters() if p.dtype is torch.bfloat16]
+    owned = [
+        (m, name, p) for module in modules for m in module.modules() for name, p in m.named_parameters(recurse=False)
+    ]
+    stored = [(m, name, p, source) for m, name, p in owned if (source := stored_tensor(p)) is not None]
+    bfloat16_parameters = [p for _, _, p in owned if p.dtype is torch.bfloat16 and not p.is_meta]
     # An expanded scalar has the shape of the weight and takes no memory.
-    return replaced_data(bfloat16_parameters, lambda data: torch.zeros((), device=data.device).expand(data.shape))
+    for module, name, p, source in stored:
+        hollow = torch.zeros((), device=source.device).expand(p.shape)
+        module._parameters[name] = nn.Parameter(hollow, requires_grad=p.requires_grad)
+    try:
+        with replaced_data(bfloat16_parameters, lambda data: torch.zeros((), device=data.device).expand(data.shape)):
+            yield
+    finally:
+        for module, name, p, _ in stored:
+            module._parameters[name] = p
 
 
 class _WidenedEmbedding:

@@ -21,6 +21,7 @@ from rung.config.model_catalog import CATALOG, KnownBase, Wheel
 from rung.console import print_status
 from rung.errors import CheckpointError, DataError
 from rung.files import CONVERSION_VERSION, cache_folder, converted_gguf_folder
+from rung.planning.hub import hub_error, hub_options
 
 SCRATCH_PREFIX = ".fetch-"
 ABANDONED_SECONDS = 24 * 3600
@@ -126,17 +127,29 @@ def _require_disk_space(folder: Path, required_bytes: int) -> None:
         raise CheckpointError(reason, where=str(folder), given=given, allowed=allowed, hint=hint)
 
 
+_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+
+
 def _download_from_hub(base: KnownBase, revision: str | None) -> Path:
     """Download what a base needs and nothing else: no second copy of the weights in another format."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(str(base.hub_id), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(base.hub_id), revision=revision, allow_patterns=_PATTERNS))
     except Exception as error:  # the client raises many types: no network, no such commit, a full disk
         cause = (str(error) or type(error).__name__).splitlines()[0]
         reason = f"could not download {base.hub_id} from the hub: {cause}"
         raise DataError(reason, hint="check the network, or give model.name a folder you already have") from error
+
+
+def download_snapshot(hub_id: str, revision: str | None) -> Path:
+    """The folder of a hub id in the hub's cache, named by its commit; downloaded where it is not there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS, **hub_options()))
+    except Exception as error:  # as above
+        raise hub_error(hub_id, error) from error
 
 
 def _download_wheel(wheel: Wheel, scratch: Path) -> Path:

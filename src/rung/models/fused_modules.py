@@ -44,8 +44,12 @@ def plain_linear_params(module: nn.Module) -> LinearParams | None:
     return LinearParams(linear_weight(module), module.bias) if is_plain else None  # type: ignore[arg-type]
 
 
-def install_fused_forwards(model: nn.Module, params_of: LinearParamsOf = plain_linear_params) -> dict[str, int]:
+def install_fused_forwards(
+    model: nn.Module, params_of: LinearParamsOf = plain_linear_params, class_matches: dict[type, bool] | None = None
+) -> dict[str, int]:
     """Install every fused forward that fits; return the number of norms, gated blocks and linears replaced.
+
+    `class_matches` keeps which gated blocks fit, by class, for a model that is passed layer by layer.
 
     All linears are replaced, adapted or not: a bfloat16 weight may meet a float32 input, and the fused function widens
     it.
@@ -53,7 +57,7 @@ def install_fused_forwards(model: nn.Module, params_of: LinearParamsOf = plain_l
     # Installed twice in a run (base, then method): the second pass must see the original forwards.
     remove_fused_forwards(model)
     install_fused_rotary(model)
-    modules, class_matches = list(model.modules()), dict[type, bool]()
+    modules, class_matches = list(model.modules()), {} if class_matches is None else class_matches
     norms = sum(_fuse_norm(module) for module in modules)
     gated_blocks = sum(_fuse_gated(module, params_of, class_matches) for module in modules)
     fused_linears: set[nn.Module] = set()

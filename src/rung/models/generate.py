@@ -24,6 +24,7 @@ from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
 from rung.models.static_decoding import StaticDecoder, decodes_statically, has_room_to_merge
 from rung.models.tree_attention import KVByLayer, concatenate_kv
+from rung.models.weight_files import is_in_parts
 from rung.models.weight_layout import order_weights
 
 
@@ -132,7 +133,8 @@ def _generate(
     order_weights(policy.model)
     # One generator for the whole call: answers depend on the seed and on the batches, not on earlier calls.
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
-    is_static = decodes_statically(policy.device)
+    # a graph would replay neither the hooks nor the messages by which ranks gather a model that they share in parts
+    is_static = decodes_statically(policy.device) and not is_in_parts(policy.model)
     merged = policy.method.merged() if is_static and has_room_to_merge(policy) else nullcontext()
     with policy.autocast(), merged:
         prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], options.task), virtual_count + prefix_length

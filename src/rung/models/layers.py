@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,16 +89,46 @@ def record_layer_input(model: nn.Module, layer: int) -> Iterator[Callable[[], Te
         yield lambda: outputs[-1]
 
 
-def recompute_layers(model: nn.Module, layer_numbers: range) -> AbstractContextManager[None]:
-    """Within the context these layers store only their input and recompute in the backward pass (Chen et al. 2016)."""
+def recompute_layers(
+    model: nn.Module, layer_numbers: range, offloaded: range = range(0)
+) -> AbstractContextManager[None]:
+    """Within the context these layers store only their input and recompute in the backward pass (Chen et al. 2016).
+
+    The inputs of `offloaded` layers among them are stored in the memory of the host.
+    """
 
     def substitute(i: int, original: nn.Module) -> nn.Module:
         # A replaced layer does not run in full, so there is nothing to recompute.
         replaced = i not in layer_numbers or isinstance(original, _LayerReplacement)
-        forward = partial(checkpoint, original, use_reentrant=False)
+        forward: Callable[..., Any] = partial(checkpoint, original, use_reentrant=False)
+        if i in offloaded:
+            forward = partial(_store_input_on_host, forward)
         return original if replaced else _LayerReplacement(original, forward)
 
     return _replaced_layers(model, substitute)
+
+
+def _store_input_on_host(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a checkpointed layer; its input is copied to the host, and back when the layer is computed again."""
+    # not the tensor itself, which the hooks would keep alive
+    address, shape = hidden_states.data_ptr(), hidden_states.shape
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        # the other tensors that the layer takes (angles, positions) are those of all layers
+        if tensor.data_ptr() != address or tensor.shape != shape:
+            return tensor
+        # pinned: the copies run while the card computes, in the order of its own queue
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return forward(hidden_states, *args, **kwargs)
 
 
 def lowest_trainable_layer(model: nn.Module, trainable: Iterable[str]) -> int:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,19 +45,22 @@ from rung.models.base_model import (
     require_all_weights,
 )
 from rung.models.bfloat16_storage import compute_in_float32, stored_dtype
-from rung.models.download import convert_gguf_once, download_base
+from rung.models.download import convert_gguf_once, download_base, download_snapshot
 from rung.models.fused_modules import install_fused_forwards
 from rung.models.gguf_reader import gguf_tokenizer, load_gguf, message_of
 from rung.models.layers import drop_layers
 from rung.models.matmul_routine import settle_routine_once
 from rung.models.streaming import LinearPlacement, leave_linears_stored
 from rung.models.threads import adapt_threads
+from rung.models.weight_files import ShardedLoading, leave_in_files, parameters_on_meta
 from rung.planning.architecture import (
     adapter_base_name,
     adapter_config,
     is_adapter_folder,
 )
 from rung.planning.hub import hub_error, hub_options, is_hub_id
+
+GENERATION_FILE = "generation_config.json"
 
 
 def load_base(
@@ -64,13 +69,15 @@ def load_base(
     device: torch.device | None = None,
     stream_linears: bool = False,
     heads: Collection[str] = (),
+    sharded: ShardedLoading | None = None,
 ) -> BaseModel:
     """Load model and tokenizer with Rung's attention, in eval mode, with no trainable parameter.
 
     `stream_linears` leaves the linears of the layers in their file, for a method that quantizes all of them; until then
-    the base cannot compute (`models/streaming.py`). `heads` are tensors that its files may have or lack.
+    the base cannot compute (`models/streaming.py`). `heads` are tensors that its files may have or lack. With `sharded`
+    weights stay in their files until each process reads its rows (`models/weight_files.py`).
     Raises `ConfigError` for an unknown name and for tensors that are not those of the model, `PlanError` for an
-    unsupported architecture.
+    unsupported architecture and for a base that has no files of its own to read rows from.
     """
     attention.register()
     adapt_threads()
@@ -79,14 +86,18 @@ def load_base(
         settle_routine_once(config.matmul)
     if config.student_of is not None:
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
-        teacher = load_base(config.model_copy(update=full_model), device=device, stream_linears=stream_linears)
+        options: dict[str, Any] = {"device": device, "stream_linears": stream_linears, "sharded": sharded}
+        teacher = load_base(config.model_copy(update=full_model), **options)
         return drop_layers(teacher, config.layers or "every_other")
     source = _resolve_name(config.name, config.revision)
+    load = _load_weights if sharded is None else _loader_of_rows(sharded, source, config.name, device)
     if isinstance(source, Path) and is_run_folder(source):
-        return _load_run_as_base(config, source, device)
+        return _load_run_as_base(config, source, device, load)
     if isinstance(source, Path) and is_adapter_folder(source):
         return _load_adapter_as_base(config, source, device)
     original, source = source, _converted(source)
+    if sharded is not None and isinstance(source, str):
+        source = download_snapshot(source, config.revision)
     if isinstance(source, Path) and source.is_dir():
         check_base_folder(source)
         check_tokenizer(source)
@@ -95,19 +106,18 @@ def load_base(
     keep_bfloat16 = config.fused and compute is torch.float32 and stored is torch.bfloat16
     loaded = torch.bfloat16 if keep_bfloat16 else compute
     read_as = stored if stream_linears and stored is not None else loaded
-    model, tokenizer = _load_weights(source, config.revision, read_as, heads)
+    model, tokenizer = load(source, config.revision, read_as, heads)
     # Loading in 16 bits rounded a buffer that is not in the file (a scale, a frequency): load again in float32.
     if compute is torch.float32 and read_as is not compute and any(b.dtype is read_as for b in model.buffers()):
         read_as, loaded, keep_bfloat16 = compute, compute, False
-        model, _ = _load_weights(source, config.revision, compute, heads)
+        model, _ = load(source, config.revision, compute, heads)
     require_finite_weights(model, original)
     if keep_bfloat16:
         compute_in_float32(model)
-    placement = None
-    if stream_linears:
-        placement = LinearPlacement(device or torch.device("cpu"), loaded, compute)
+    placement = LinearPlacement(device or torch.device("cpu"), loaded, compute) if stream_linears else None
     _set_known_template(tokenizer, config.name)
-    weights_hash = fingerprint(original, model.config)
+    identify = partial(fingerprint, original, model.config)
+    weights_hash = identify() if sharded is None else sharded.on_rank0(identify)
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device, placement)
 
 
@@ -234,6 +244,52 @@ def _load_weights(
     return model, tokenizer
 
 
+_Load = Callable[[Path | str, str | None, torch.dtype, Collection[str]], LoadedWeights]
+
+
+def _loader_of_rows(sharded: ShardedLoading, source: Path | str, name: str, device: torch.device | None) -> _Load:
+    _require_own_files(source, name)
+    return partial(_build_on_meta, sharded, device or torch.device("cpu"))
+
+
+def _build_on_meta(
+    sharded: ShardedLoading,
+    device: torch.device,
+    source: Path | str,
+    revision: str | None,
+    dtype: torch.dtype,
+    heads: Collection[str] = (),
+) -> LoadedWeights:
+    """The model of a folder with its weights still in the files, and the tokenizer; arguments as `_load_weights`."""
+    folder, config = Path(source), _from_pretrained(AutoConfig, source, revision)
+    prepare_config(config)
+    options = {"dtype": dtype, "attn_implementation": attention.NAME}
+    with quiet_transformers(), parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, **options, **NO_REMOTE_CODE)
+    config._commit_hash = (
+        folder.name
+    )  # the hub's cache names a snapshot by its commit; `fingerprint` reads it for hub ids
+    if (folder / GENERATION_FILE).exists():
+        model.generation_config = _from_pretrained(GenerationConfig, source, revision)
+    leave_in_files(model, folder, dtype, device, trains_base=sharded.trains_base)
+    return model, _from_pretrained(AutoTokenizer, source, revision)
+
+
+def _require_own_files(source: Path | str, name: str) -> None:
+    """Raise `PlanError` for a base in parts whose weights are not as they are in the files of one folder."""
+    if not isinstance(source, Path):
+        return
+    reason, hint = None, "make files of them with rung merge, and take that folder"
+    if is_adapter_folder(source):
+        reason = "the weights of this base are those of a model with an adapter added to them"
+    elif is_run_folder(source) and not (source / "model").is_dir():
+        reason = "the weights of this run are those of its base with an adapter added to them"
+    elif source.suffix.lower() == ".gguf" and _converted(source) == source:
+        reason, hint = "the disk has no room to convert this file", "make room, or name another folder in RUNG_CACHE"
+    if reason is not None:
+        raise PlanError(f"a base in parts is read row by row: {reason}", where="model.name", given=name, hint=hint)
+
+
 def _from_pretrained(auto_class: Any, source: Path | str, revision: str | None) -> Any:
     try:
         with quiet_transformers():
@@ -275,14 +331,27 @@ def _prepare_base(
         leave_linears_stored(model, placement)  # the method installs the fused functions when it is attached
         return BaseModel(model, tokenizer, config.name, weights_hash, compute)
     if device is not None:
-        model.to(device)
+        _move(model, device)
     if config.fused:
         install_fused_forwards(model)
     return BaseModel(model, tokenizer, config.name, weights_hash, compute)
 
 
-def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | None) -> BaseModel:
-    """Load a finished run as a base: its full model, or its base with the adapter merged."""
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device; parameters that are still in their files go there when they are read."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(device)
+        return
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | None, load: _Load) -> BaseModel:
+    """Load a finished run as a base: its full model by `load`, or its base with the adapter merged."""
     manifest = json.loads((run / "run.json").read_text())
     compute = compute_dtype(config.dtype, device)
     if manifest["config"].get("objective", {}).get("kind") == "reward":
@@ -296,7 +365,7 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if folder.name == "model":
-        weights = _load_weights(folder, None, compute)
+        weights = load(folder, None, compute, ())
         return _prepare_base(weights, config, fingerprint(folder, weights[0].config), compute, device)
     peft_type = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if manifest["config"]["method"]["kind"] == "qlora":

@@ -86,6 +86,8 @@ class Policy:
             follow_document_lengths(base.model, base.rope_boundary)
         self.layers_to_recompute: Callable[[int], range] = lambda tokens: range(0)
         """Layers that a document of this many tokens recomputes in the backward pass, so that it fits in memory."""
+        self.layers_to_offload: Callable[[int], range] = lambda tokens: range(0)
+        """Those of them whose inputs wait in the memory of the host."""
         self.reference = reference
         """The reference policy, if it is not the base with the method off."""
         self.reference_cache: dict[int, float] | None = None
@@ -185,7 +187,8 @@ class Policy:
         # The trunk without the head: logits of a whole row are never made.
         trunk = getattr(self.model, self.model.base_model_prefix)
         recompute = self.layers_to_recompute(len(inputs)) if indivisible and torch.is_grad_enabled() else range(0)
-        with self.autocast(), recompute_layers(self.model, recompute) if recompute else nullcontext():
+        offload = self.layers_to_offload(len(inputs)) if recompute else range(0)
+        with self.autocast(), recompute_layers(self.model, recompute, offload) if recompute else nullcontext():
             out = trunk(
                 **model_inputs(inputs[None]),
                 position_ids=positions_T[None],

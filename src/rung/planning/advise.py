@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, QloraConfig
+from rung.config.method import BASE_CHANGING_METHODS, METHOD_CONFIGS, LowRankConfig, QloraConfig
 from rung.config.model import WITHOUT_RUN_SETTINGS, ModelConfig
 from rung.config.objective import JudgeRewardConfig, ModelRewardConfig
 from rung.config.run import RunConfig
@@ -23,21 +23,22 @@ from rung.errors import ConfigError, PlanError
 from rung.planning.architecture import ModelShape, read_shape
 from rung.planning.devices import Device
 from rung.planning.memory import (
-    CPU_DOCUMENT_BYTES,
     CUDA_TOKENS,
     SUPERVISED_SHARE,
     MemoryEstimate,
     MicroBatch,
     Stage,
-    document_bytes_that_fit,
     estimate_memory,
     tokens_per_micro_batch,
     tokens_that_fit,
 )
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, document_bytes_that_fit
 from rung.planning.throughput import DataVolume, Throughput, guess_data_volume, run_flops, throughput_for
 
 CANDIDATE_BUDGETS = {"cpu": (256, 512, 768, 1024, 1536, 2048), "cuda": (4096, 8192, 16_384, 32_768)}
 """The micro-batches, in tokens, that `probe` tries on a device of this type."""
+LONGEST_DOCUMENT = 2**20
+"""Tokens up to which a card is asked for the longest document that keeps everything."""
 SMALL_MICRO_BATCH = 256
 """Tokens of a micro-batch when other settings change too; fewer would be slower and save little."""
 
@@ -180,8 +181,11 @@ def process_refusal(config: RunConfig, processes: int, where: str = "WORLD_SIZE"
     if refusal := multi_process_refusal(config.method.kind, own_answers=generates_answers):
         return PlanError(refusal, where=where, given=processes, hint="run it in one process")
     if config.model.sharded:
-        reference, moments = config.objective.reference_model, config.training.optimizer.state_dtype
-        if refusal := sharding_refusal(config.method.kind, config.objective.kind, reference=reference, moments=moments):
+        options = {"reference": config.objective.reference_model, "init": None}
+        if isinstance(config.method, LowRankConfig):
+            options["init"] = config.method.init
+        moments = config.training.optimizer.state_dtype
+        if refusal := sharding_refusal(config.method.kind, config.objective.kind, moments=moments, **options):
             return PlanError(refusal, where="model.sharded", hint="leave model.sharded out: replicas do")
     return None
 
@@ -197,8 +201,9 @@ def auto_budget(config: RunConfig, shape: ModelShape, device: Device | None, pro
     compute, is_probed = compute_type(config.model, device), config.training.tokens_per_micro_batch == "probe"
     batch = MicroBatch(compute, 0, 0, device="cuda", processes=processes)
     most = CANDIDATE_BUDGETS["cuda"][-1] if is_probed else CUDA_TOKENS
-    tokens = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config), most=most)
-    return tokens, document_bytes_that_fit(shape, compute, tokens)
+    # A document may be longer than any budget is worth, and keeps everything while that fits.
+    longest = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config), most=LONGEST_DOCUMENT)
+    return min(longest, most), document_bytes_that_fit(shape, compute, longest)
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None, processes: int = 1) -> MicroBatch:

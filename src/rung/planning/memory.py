@@ -26,6 +26,12 @@ from rung.planning.method_cost import (
     method_bytes_per_token,
     method_cost,
 )
+from rung.planning.recomputation import (
+    CUDA_FRAGMENTATION,
+    layers_to_offload,
+    layers_to_recompute,
+    scratch_bytes_per_token,
+)
 from rung.planning.throughput import generates_rollouts
 
 BASELINE_RSS = 560 * 2**20
@@ -36,8 +42,6 @@ SUPERVISED_SHARE = 0.5
 """Assumed share of supervised tokens in a micro-batch, before anything has been tokenized."""
 MIN_TOKENS, MAX_TOKENS = 256, 4096
 """Limits of the `auto` budget: products slow down below a few hundred rows and gain nothing beyond a few thousand."""
-CPU_DOCUMENT_BYTES = 4 * 2**30
-"""Activation bytes of one document on a processor; one that needs more has its lowest trained layers recomputed."""
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Memory of the CUDA context, its kernels and the workspaces of cuBLAS (assumed, not measured)."""
 CUDA_TOKENS = 16_384
@@ -68,8 +72,6 @@ FRAGMENTATION_BY_METHOD = {
 }
 """The same for methods with more temporaries (measured for each). glibc 2.38 and later may leave less: earlier versions
 did not reuse an aligned block for a request of the same size."""
-CUDA_FRAGMENTATION = 0.10
-"""The same share for torch's CUDA allocator, which keeps blocks of each size (assumed, not measured)."""
 UNFUSED_FACTOR = 3.4
 """Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
 PRODUCT_BUFFER_BYTES = 105 * 10**6
@@ -225,32 +227,6 @@ def tokens_that_fit(
     return max(MIN_TOKENS, (first_too_large - 1) * CUDA_TOKENS_STEP)
 
 
-def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int) -> int:
-    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers."""
-    return tokens * activation_bytes_per_token(shape, compute, device="cuda")
-
-
-def layers_to_recompute(
-    shape: ModelShape,
-    tokens: int,
-    compute: str = "float32",
-    *,
-    lowest: int = 0,
-    limit: int | None,
-    device: str = "cpu",
-) -> range:
-    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
-
-    Layers below `lowest` are frozen and store nothing. A recomputed layer stores its input: H numbers a token.
-    """
-    if limit is None:
-        return range(lowest, lowest)
-    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute, device)
-    saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
-    excess_bytes = max(0, tokens * trained_layers * layer_bytes - limit)
-    return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
-
-
 def estimate_memory(
     config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, auxiliary: Mapping[str, ModelShape] | None = None
 ) -> MemoryEstimate:
@@ -260,8 +236,11 @@ def estimate_memory(
     resident = _resident_terms(config, shape, cost, compute, auxiliary or {})
     step = _step_terms(config, shape, cost, micro_batch)
     gradients = Term("gradients", 4 * (cost.trainable or 0), "float32")
+    loading = _card_loading_terms(config, shape, compute) if on_card else _loading_terms(config, shape, compute)
     if micro_batch.processes > 1 and config.model.sharded:
         resident, gradients = _sharded(config, shape, micro_batch.processes, [*resident, gradients])
+        # Each process reads its rows from the files, and nothing else.
+        loading = [term for term in resident if term.name in ("weights", "reference")]
         step = (
             *(gradients if term.name == "gradients" else term for term in step),
             _gathered_term(config, shape, compute),
@@ -270,7 +249,6 @@ def estimate_memory(
     heap = [term for term in step if term.name in ("activations", "scratch", "holes", "products", "gathered")]
     # AdamW's two temporaries are as large as the tensor it updates. On a card it is one fused kernel without any.
     temporaries = Term("temporaries", 2 * 4 * cost.largest_tensor, "twice the largest tensor that moves")
-    loading = _card_loading_terms(config, shape, compute) if on_card else _loading_terms(config, shape, compute)
     stages = [
         Stage("loading", (*loading, *_library_terms(config))),
         Stage("steps", (*resident, *step)),
@@ -388,7 +366,7 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     factor = 1.0 if config.model.fused else UNFUSED_FACTOR
     activations = int(bytes_per_token * tokens * factor)
     # Temporaries of one layer at a time; the allocator uses the same memory for the next layer.
-    scratch = width * tokens * (4 * shape.mlp + 4 * shape.width)
+    scratch = tokens * scratch_bytes_per_token(shape, compute, device)
     if device != "cpu" and has_row_kernel(shape, compute):
         # keys and values of all paths and their gradients, of one layer at a time
         scratch += 4 * width * shape.kv * micro_batch.context_tokens
@@ -396,12 +374,16 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
         copies = 2 * shape.query * width * micro_batch.context_tokens
         activations += (shape.layers - lowest) * copies
     source = f"{bytes_per_token:,} bytes for each of {tokens:,} tokens"
-    if micro_batch.documents == 1 and (recomputed := _recomputed_layers(config, shape, cost, micro_batch)):
+    recomputed, offloaded = _recomputed_layers(config, shape, cost, micro_batch)
+    if recomputed:
         # A recomputed layer stores its input alone, also of what the method adds to it.
         layer_bytes = layer_bytes_per_token(shape, compute, device) + method_bytes // (shape.layers - cost.lowest_layer)
         saved_bytes = int(layer_bytes * factor) - width * shape.width
-        activations = max(0, activations - recomputed * saved_bytes * tokens)
+        activations = max(0, activations - recomputed * saved_bytes * tokens - offloaded * width * shape.width * tokens)
         source += f", {recomputed} layers recomputed"
+        source += f", the inputs of {offloaded} of them in the memory of the host" if offloaded else ""
+        if device != "cpu":  # the layer that is computed again stores everything meanwhile
+            activations += int(layer_bytes * factor) * tokens
     gradients = 4 * (cost.trainable or 0)
     # Gradients are allocated as activations are freed, so only the excess adds to the peak.
     if micro_batch.batches == 1:
@@ -423,17 +405,20 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     )
 
 
-def _recomputed_layers(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch) -> int:
-    """Layers that a single document recomputes.
+def _recomputed_layers(
+    config: RunConfig, shape: ModelShape, cost: MethodCost, micro_batch: MicroBatch
+) -> tuple[int, int]:
+    """Layers that a single document recomputes, and those of them whose inputs go to the host.
 
-    None in a sharded model, whose ranks must run equally often, nor where a router's load is balanced.
+    None where a router's load is balanced.
     """
     balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
-    if balances or (config.model.sharded and micro_batch.processes > 1):
-        return 0
+    if balances or micro_batch.documents > 1:
+        return 0, 0
     options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": micro_batch.document_bytes}
     options |= {"compute": micro_batch.compute_dtype, "device": micro_batch.device}
-    return len(layers_to_recompute(shape, micro_batch.tokens, **options))
+    counts = [len(rule(shape, micro_batch.tokens, **options)) for rule in (layers_to_recompute, layers_to_offload)]
+    return counts[0], counts[1]
 
 
 def _sharded(
@@ -463,8 +448,10 @@ def _gathered_term(config: RunConfig, shape: ModelShape, compute: str) -> Term:
     if config.method.kind != "full":
         width = DTYPE_BYTES[_base_dtype(config, shape, compute)]
         return Term("gathered", 2 * width * shape.linear_parameters, "two layers")
-    matrices = 3 * shape.linear_parameters + 2 * shape.embedding_parameters
-    return Term("gathered", 4 * matrices, "two layers, the gradient of one; the embeddings and their gradient")
+    # In bfloat16 layers and their gradients have two bytes, and the gradient is copied to be summed in float32.
+    layer_bytes = (3 * 2 + 4 if compute == "bfloat16" else 3 * 4) * shape.linear_parameters
+    size = layer_bytes + 2 * 4 * shape.embedding_parameters
+    return Term("gathered", size, "two layers, the gradient of one; the embeddings and their gradient")
 
 
 def _fragmentation(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> float:

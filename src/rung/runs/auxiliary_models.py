@@ -39,9 +39,10 @@ from rung.objectives.reward import ScoreHead
 from rung.planning.advise import require_reward_run
 from rung.runs.dataset import RunData
 from rung.runs.judge import AnsweredQuestion, JudgeScorer, open_judge_reward
-from rung.runs.load import load_base_on_device, open_reward_model, share_base_if_same
+from rung.runs.load import load_base_in_parts, load_base_on_device, open_reward_model, share_base_if_same
 from rung.runs.teacher import load_teacher, require_same_rope_boundary
 from rung.scoring.verifiers import Verifier, make_verifier, verify_all
+from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.rollout import RewardFunction
 from rung.training.run_folder import read_manifest
 from rung.types import CodeTests, Example, Record
@@ -63,12 +64,14 @@ class AuxiliaryModels:
     """Fingerprints of the models that the config names: a resumed run must find the same weights."""
 
 
-def load_auxiliary_models(config: RunConfig, base: BaseModel, data: RunData) -> AuxiliaryModels:
+def load_auxiliary_models(
+    config: RunConfig, base: BaseModel, data: RunData, world: World = SINGLE_PROCESS
+) -> AuxiliaryModels:
     """Load all auxiliary models of a run. Call it before the method is attached to `base`."""
     # not by `auto`: a run that resumes on another processor keeps the compute type of its base
     config = config.with_model(dtype=base.dtype_name)
     reward_source, (value_model, head) = load_reward_source(config, base, data.chat), load_value_model(config, base)
-    reference = load_reference(config, base)
+    reference = load_reference(config, base, world)
     fingerprints = {} if reference is None else {"reference": reference.base.fingerprint}
     if isinstance(config.objective.reward, ModelRewardConfig):
         run = Path(config.objective.reward.run)
@@ -84,7 +87,7 @@ def load_auxiliary_models(config: RunConfig, base: BaseModel, data: RunData) -> 
     return AuxiliaryModels(reference, reward_source, models, fingerprints)
 
 
-def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
+def load_reference(config: RunConfig, base: BaseModel, world: World = SINGLE_PROCESS) -> Policy | None:
     """The reference model, or None where it is the base with the method switched off, or where there is none."""
     name = config.objective.reference_model
     if name is None or (name == "base" and config.method.kind != "full"):
@@ -94,7 +97,8 @@ def load_reference(config: RunConfig, base: BaseModel) -> Policy | None:
         model = model.model_copy(update={"name": name, **WITHOUT_RUN_SETTINGS})
     reason = "the base moves" if name == "base" else "it is named"
     print_status(f"the reference is a second model in memory, because {reason}")
-    reference = load_base_on_device(model)
+    in_parts = config.model.sharded and world.size > 1
+    reference = load_base_in_parts(model, world, trains_base=False) if in_parts else load_base_on_device(model)
     if reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ConfigError("the reference has another vocabulary", where="objective.reference", given=name)
     require_same_rope_boundary(reference, base, "objective.reference")

@@ -41,6 +41,7 @@ from rung.models.load import check_fingerprint, load_base, load_tokenizer
 from rung.models.matmul import routine_in_use
 from rung.models.matmul_routine import resolve_routine, settle_routine
 from rung.models.policy import NoMethod, Policy
+from rung.models.weight_files import ShardedLoading, headers_digest, stored_tensor
 from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
@@ -59,15 +60,34 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_base_on_device(config: ModelConfig, *, stream_linears: bool = False, heads: Collection[str] = ()) -> BaseModel:
+def load_base_on_device(
+    config: ModelConfig,
+    *,
+    stream_linears: bool = False,
+    heads: Collection[str] = (),
+    sharded: ShardedLoading | None = None,
+) -> BaseModel:
     """The base of a config, on the device in use; the other arguments as in `models.load.load_base`."""
     with status(f"loading {config.student_of or config.name}"):
-        return load_base(config, device=device(), stream_linears=stream_linears, heads=heads)
+        return load_base(config, device=device(), stream_linears=stream_linears, heads=heads, sharded=sharded)
 
 
-def load_base_to_train(config: RunConfig) -> BaseModel:
-    """The base of a run. One that the method quantizes stays in its file until then, unless other models share it."""
+def load_base_to_train(config: RunConfig, world: World = SINGLE_PROCESS) -> BaseModel:
+    """The base of a run. One that the method quantizes stays in its file until then, unless other models share it.
+
+    One that several processes share in parts stays in its files until `training.fsdp.shard_policy` reads the rows.
+    """
+    if config.model.sharded and world.size > 1:
+        return load_base_in_parts(config.model, world, trains_base=config.method.kind == "full")
     return load_base_on_device(config.model, stream_linears=config.method.kind == "qlora" and not config.shares_base)
+
+
+def load_base_in_parts(model: ModelConfig, world: World, *, trains_base: bool) -> BaseModel:
+    """A base whose weights stay in their files; rank 0 hashes them, and the ranks compare the headers that they see."""
+    base = load_base_on_device(model, sharded=ShardedLoading(trains_base, world.on_rank0))
+    sources = {source.file.parent for p in base.model.parameters() if (source := stored_tensor(p)) is not None}
+    world.assert_equal({"base": [headers_digest(folder) for folder in sources]})
+    return base
 
 
 def keep_arithmetic(config: RunConfig, folder: Path) -> RunConfig:

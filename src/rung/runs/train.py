@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ from rung.errors import CheckpointError, DataError, NoSignalError
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import find_damage, is_run_folder, write_folder
 from rung.methods.protocol import Method
+from rung.methods.qlora import quantized_tensors
 from rung.methods.registry import attach_method
 from rung.models.base_model import BaseModel
 from rung.models.fused_modules import unfused_linears
 from rung.models.policy import Policy
 from rung.models.targets import coverage
+from rung.models.weight_files import model_tensors, write_model
 from rung.models.weight_layout import order_weights
 from rung.objectives.protocol import Objective
 from rung.objectives.registry import make_objective
@@ -51,6 +54,7 @@ from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
 from rung.training.distributed import SINGLE_PROCESS, World
+from rung.training.fsdp import digests, gather, shard_policy
 from rung.training.memory_use import peak_memory_bytes, reset_peak_memory
 from rung.training.micro_batch import measure_micro_batch_tokens, try_longest
 from rung.training.rollout import RolloutSource
@@ -101,7 +105,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     settle_arithmetic(load_config, world)
     if world.size == 1:
         checks.refuse_if_too_large(load_config, device(), beyond=start.beyond_memory)
-    base = load_base_to_train(load_config)
+    base = load_base_to_train(load_config, world)
     data = world.rank0_first(lambda: tokenize_run(config, splits, base))  # the other ranks read the cache
     _, folder = train_on_data(config, base, data, start, world=world)
     world.barrier()
@@ -151,9 +155,16 @@ def train_on_data(
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
-    models = load_auxiliary_models(config, base, data)
+    models = load_auxiliary_models(config, base, data, world)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
     policy = Policy(base, method, models.reference)
+    if config.model.sharded and world.size > 1:
+        with status("reading the rows of this process"):
+            shard_policy(policy, method, fused=config.model.fused)
+        world = replace(world, sharded=True)
+    if world.size > 1 and config.method.kind == "qlora":
+        # every process quantizes its own copy, and cards of other kinds may round otherwise
+        world.assert_equal(digests(quantized_tensors(base.model)))
     order_weights(base.model)
     with closing(_acquire_folder(config, world, start)) as folder:
         trainer = _trainer(config, policy, data, folder, models, world, stop_check)
@@ -209,7 +220,6 @@ def _trainer(
         folder=folder,
         rollouts=_rollouts(config, policy, objective, data, models, budget, folder),
         world=world,
-        in_parts=config.model.sharded and world.size > 1,
         stop_check=stop_check,
         document_bytes=document_bytes,
     )
@@ -234,9 +244,7 @@ def _train(config: RunConfig, trainer: Trainer, data: RunData, *, resume: bool) 
         trainer.run(data.train.rows, data.validation.rows if data.validation else ())
         folder.update(**trainer.summary(), **method.statistics())
         trainer.optimizer_state.release()
-        trainer.gather_model()
-        if is_rank0:
-            _save_artifact(trainer, data.chat)
+        _save_artifact(trainer, data.chat)
         if is_rank0 and isinstance(objective, RewardObjective) and data.validation:
             health = score_reward_model(trainer.policy, objective, data.validation.examples, trainer.budget)
             folder.update(reward=health.to_json())
@@ -348,7 +356,7 @@ def _pass_gates(trainer: Trainer, data: RunData) -> None:
     # runs ahead.
     batches = trainer.pack(probe, max(max(map(len, probe)), sum(map(len, probe)) // 2))
     results = (
-        gates.check_trainable(method, trainer.optimizer_state.optimizer, head_parameters),
+        gates.check_trainable(method, trainer.optimizer_state.trained_count(), head_parameters),
         gates.check_identity(policy, method, batches),
         gates.check_reference(policy, method, batches),
         gates.check_packing(policy, batches),
@@ -378,28 +386,42 @@ def _calibrate(trainer: Trainer, data: RunData, *, resume: bool) -> None:
     if not method.sample_size:
         return
     is_stored = world.on_rank0(lambda: resume and stored.is_dir())
-    if not world.is_rank0:
-        world.barrier()  # rank 0 computes and writes, all others load
-        is_stored = True
+    # rank 0 computes and writes, all others load; a sharded base is gathered by all ranks, so all compute
+    loads = is_stored or not (world.is_rank0 or world.sharded)
+    if not world.is_rank0 and not world.sharded:
+        world.barrier()
     rows = data.train.rows
     order = np.random.default_rng([trainer.seed, 3]).permutation(len(rows))[: method.sample_size]
     examples = [example for i in order for example in rows[int(i)]]
     sample = CalibrationBatch(trainer.policy, trainer.objective, examples, trainer.budget)
-    if is_stored and (problem := find_damage(stored)):
+    if loads and (problem := find_damage(stored)):
         raise CheckpointError(f"the run's start cannot be used: {problem}", where=str(stored))
     with status("reading the start off the base"):
-        method.calibrate(sample, stored if is_stored else None)
-    if not is_stored:
+        method.calibrate(sample, stored if loads else None)
+    if not is_stored and world.is_rank0:
         write_folder(stored, method.save)
-    if world.is_rank0:
+    if world.is_rank0 or world.sharded:
         world.barrier()
+    if world.sharded and not is_stored and not world.is_rank0:
+        method.calibrate(sample, stored)  # one start for all, whatever their processors round
 
 
 def _save_artifact(trainer: Trainer, chat: ChatTemplate) -> None:
-    """Gate 4: write the artifact with everything that serving needs, completely or not at all."""
+    """Gate 4: write the artifact with everything that serving needs, completely or not at all.
+
+    Rank 0 writes. A whole model that is shared in parts is gathered tensor by tensor, by all ranks.
+    """
+    model, in_parts = trainer.policy.model, trainer.world.sharded and trainer.method.artifact == "model"
+    if not trainer.world.is_rank0:
+        for tensor in model_tensors(model).values() if in_parts else ():
+            gather(tensor)
+        return
 
     def fill(staging: Path) -> None:
-        trainer.method.save(staging)
+        if in_parts:
+            write_model(staging, model, gather)
+        else:
+            trainer.method.save(staging)
         pad = None
         if (head := trainer.objective.published_head()) is not None:
             pad = pad_token_outside_stops(chat)

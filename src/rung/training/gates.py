@@ -42,13 +42,12 @@ packed and separate documents differ by up to 0.67 nats on 280 tokens, p90 below
 nats, or all of them. Measurements are in docs/log.md."""
 
 
-def check_trainable(method: Method, optimizer: Optimizer, head_parameters: int = 0) -> Gate:
+def check_trainable(method: Method, optimizer_count: int, head_parameters: int = 0) -> Gate:
     """The optimizer holds exactly the declared number of trainable parameters, and at least one.
 
-    `head_parameters` is the number of parameters of heads that the objective owns.
+    `optimizer_count` is `OptimizerState.trained_count`, `head_parameters` that of heads that the objective owns.
     """
     declared_count = method.declared_parameters() + head_parameters
-    optimizer_count = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
     measured, declared = f"{optimizer_count:,} in the optimizer", f"{declared_count:,} declared"
     state: State = "passed" if optimizer_count == declared_count > 0 else "failed"
     return Gate("step0.trainable", state, measured, declared)

@@ -8,7 +8,7 @@ loading cannot run code. `Trainer` owns the object; `set_learning_rate` sets the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -69,6 +69,12 @@ def _eight_bit_adamw(device: torch.device) -> Any:
         return bnb.PagedAdamW8bit
     print_status("moments in 8 bits, without paging: that needs a graphics card")
     return bnb.AdamW8bit
+
+
+def count_trained(optimizer: torch.optim.Optimizer, among: Collection[int] | None = None) -> int:
+    """Elements of the optimizer's parameters that require gradients; `among` limits them to these ids."""
+    parameters = (p for p in _numbered_parameters(optimizer) if p.requires_grad)
+    return sum(p.numel() for p in parameters if among is None or id(p) in among)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -135,6 +141,13 @@ class OptimizerState:
         self.rows = {name: rows for name, p in parameters.items() if (rows := local_rows(p)) is not None}
         self._local_shards = {name: local_tensor(parameters[name]) for name in self.rows}
         self.optimizer = make_optimizer(self.local_parameters, self.config, self.factor)
+
+    def trained_count(self) -> int:
+        """Parameters in the optimizer that take gradients; those that are shared in parts are counted on all ranks."""
+        sharded = {id(parameter) for parameter in self._local_shards.values()}
+        in_parts = count_trained(self.optimizer, sharded)
+        replicated = count_trained(self.optimizer) - in_parts
+        return replicated + int(self.world.sum_values([in_parts])[0])
 
     def zero_grad(self) -> None:
         """Discard all gradients."""

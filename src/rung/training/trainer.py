@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,13 +24,13 @@ from rung.console import Interrupted, ProgressBar, interruptible, print_status
 from rung.errors import DataError, NoSignalError
 from rung.files import find_damage
 from rung.methods.protocol import Method, TrainableSet
-from rung.models.layers import layers_of, lowest_trainable_layer
+from rung.models.layers import lowest_trainable_layer
 from rung.models.packing import largest_first, pack, pack_lazily, pack_separately, pack_together
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.objectives.protocol import Objective
-from rung.planning.memory import CPU_DOCUMENT_BYTES, layers_to_recompute
-from rung.training import checkpoint, fsdp
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, layers_to_offload, layers_to_recompute
+from rung.training import checkpoint
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
 from rung.training.frozen_layer_cache import DeviceStore, FrozenLayerCache, has_device_space, has_disk_space
@@ -100,9 +100,7 @@ class Trainer:
     rollouts: RolloutSource | None = None
     """Source of the documents where the policy generates them; None for documents of the data."""
     world: World = SINGLE_PROCESS
-    """The ranks that share the steps."""
-    in_parts: bool = False
-    """Whether to shard the model once the gates have passed, which need the full model on every rank."""
+    """The ranks that share the steps; `sharded` where they share the model too (`fsdp.shard_policy`)."""
     first_example: Sequence[Example] = ()
     """The first training row, used as filler; set by `run`."""
     stop_check: StopCheck = never_stop
@@ -120,6 +118,8 @@ class Trainer:
             return 1.0 if name in head_names else self.method.learning_rate_factor(name)
 
         self.optimizer_state = OptimizerState(lambda: self.trainable, self.config.optimizer, rate_factor, self.world)
+        if self.world.sharded:
+            self.optimizer_state.shard_parameters()
         self.skip_until_step = 0
         """The first step after a rollout that the objective ended early."""
         self.checkpoints = self.folder.path / "checkpoints"
@@ -132,8 +132,10 @@ class Trainer:
         self.early_stopping = EarlyStopping(self.config.patience, best, self.writer.write, self.stop_check)
         self.frozen_cache: FrozenLayerCache | None = None
         self.prefetcher: BatchPrefetcher | None = None
-        # log-probabilities of the reference for documents of the data never change during a run
-        self.policy.reference_cache = {} if self.objective.compares_answers else None
+        # log-probabilities of the reference for documents of the data never change during a run; but where layers are
+        # sharded all ranks must run them equally often, which a cache filled by one rank would break
+        has_cache = self.objective.compares_answers and not self.world.sharded
+        self.policy.reference_cache = {} if has_cache else None
         self.share_prefixes = self._can_share_prefixes()
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
@@ -141,6 +143,7 @@ class Trainer:
             options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
             options["device"] = self.policy.device.type
             self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
+            self.policy.layers_to_offload = partial(layers_to_offload, self.policy.base.shape, **options)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -157,24 +160,6 @@ class Trainer:
         if self.rollouts is not None:
             self.rollouts.budget = tokens
 
-    def shard(self) -> None:
-        """Shard the model over the ranks. An adapter stays replicated, and its gradients are summed over ranks."""
-        replicated = self.method.trainable().values() if self.method.artifact == "adapter" else ()
-        fsdp.shard_model(self.policy.model, list(layers_of(self.policy.model)), replicated)
-        if (reference := self.policy.reference) is not None:
-            fsdp.shard_model(reference.model, list(layers_of(reference.model)), ())
-        self.optimizer_state.shard_parameters()
-        self.world = replace(self.world, sharded=True)
-        # sharded layers must run equally often on all ranks: shared prefixes, a cache filled by one rank, and the
-        # recomputation for one long document would break that
-        self.share_prefixes, self.policy.reference_cache = self._can_share_prefixes(), None
-        self.policy.layers_to_recompute = lambda tokens: range(0)
-
-    def gather_model(self) -> None:
-        """Gather the trained weights on rank 0 for saving; nothing can be trained afterwards."""
-        if self.world.sharded:
-            fsdp.gather_full(self.policy.model, keep=self.world.is_rank0)
-
     def restore(self) -> bool:
         """Load the newest undamaged checkpoint. Returns False where there is none."""
 
@@ -186,8 +171,6 @@ class Trainer:
         if (name := self.world.on_rank0(newest_name)) is None:
             return False
         folder = self.checkpoints / name
-        if self.in_parts:  # before loading, so that each rank reads only its rows
-            self.shard()
         self.optimizer_state.load(folder)
         self.progress = Progress(**checkpoint.read_progress(folder))
         self.objective.load_state(self.progress.objective or self.objective.state())
@@ -210,8 +193,6 @@ class Trainer:
         """
         if not train:
             raise DataError("no training rows are left", hint="look at the counts of: rung data check")
-        if self.in_parts and not self.world.sharded:
-            self.shard()
         final_step = total_steps(self.config, len(train), self.steps_per_window)
         # a resumed run whose manifest has the verdict does not check again
         movement = None

@@ -1,0 +1,92 @@
+"""What a document too long for memory does not keep: which layers compute again, and whose inputs leave the card.
+
+A layer that is computed again in the backward pass (Chen et al. 2016) stores its input alone; where the inputs of all
+layers are too much for a card, those of the lowest layers wait in the pinned memory of the host. Both cost time and
+change no result: a second forward pass of those layers, and two copies of an input over the bus. The planner and the
+trainer ask the same functions, so that a run does what its plan says.
+"""
+
+from __future__ import annotations
+
+from rung.planning.architecture import DTYPE_BYTES, ModelShape
+from rung.planning.method_cost import activation_bytes_per_token, has_row_kernel, layer_bytes_per_token
+
+CPU_DOCUMENT_BYTES = 4 * 2**30
+"""Activation bytes of one document on a processor; one that needs more has its lowest trained layers recomputed."""
+CUDA_FRAGMENTATION = 0.10
+"""Share of a step's memory that torch's CUDA allocator cannot reuse: it keeps blocks of each size (assumed, not
+measured)."""
+
+
+def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int) -> int:
+    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers."""
+    return tokens * activation_bytes_per_token(shape, compute, device="cuda")
+
+
+def scratch_bytes_per_token(shape: ModelShape, compute: str, device: str = "cpu") -> int:
+    """Bytes a token of what one layer makes and forgets: its feed-forward block, or on a card its attention."""
+    width = DTYPE_BYTES[compute]
+    block = width * (4 * shape.mlp + 4 * shape.width)
+    if device == "cpu" or not has_row_kernel(shape, compute):
+        return block
+    # flash attention's backward pass: gradients of output, queries, keys and values (these for all heads before they
+    # are summed), and the sum of the queries' in float32 (Dao 2023)
+    attention = width * (4 * shape.query + 2 * shape.kv) + 4 * shape.query
+    return max(block, attention)
+
+
+def layers_to_recompute(
+    shape: ModelShape,
+    tokens: int,
+    compute: str = "float32",
+    *,
+    lowest: int = 0,
+    limit: int | None,
+    device: str = "cpu",
+) -> range:
+    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
+
+    Layers below `lowest` are frozen and store nothing. A recomputed layer stores its input: H numbers a token. On a
+    card `limit` is for the longest document that keeps everything (`document_bytes_that_fit`); a longer one leaves less
+    for activations, because its head and temporaries are larger, and a layer that is computed again.
+    """
+    if limit is None:
+        return range(lowest, lowest)
+    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute, device)
+    saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
+    if tokens * trained_layers * layer_bytes <= limit:
+        return range(lowest, lowest)
+    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, limit, device)
+    return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
+
+
+def layers_to_offload(
+    shape: ModelShape,
+    tokens: int,
+    compute: str = "float32",
+    *,
+    lowest: int = 0,
+    limit: int | None,
+    device: str = "cpu",
+) -> range:
+    """Those of the layers to recompute whose inputs wait in the memory of the host; arguments as above.
+
+    None while some layer still keeps everything, and none on a processor, whose memory that is.
+    """
+    recomputed = layers_to_recompute(shape, tokens, compute, lowest=lowest, limit=limit, device=device)
+    if limit is None or device == "cpu" or len(recomputed) < shape.layers - lowest:
+        return range(lowest, lowest)
+    input_bytes = tokens * DTYPE_BYTES[compute] * shape.width
+    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, limit, device))
+    return range(lowest, lowest + min(len(recomputed), -(-excess_bytes // input_bytes)))
+
+
+def _room(shape: ModelShape, tokens: int, compute: str, limit: int, device: str) -> int:
+    """Bytes that are left for the activations of a document that recomputes layers."""
+    if device == "cpu":
+        return limit
+    fitting_tokens = limit // activation_bytes_per_token(shape, compute, device=device)
+    # the head stores three vectors a learned token, all of them here
+    head = 3 * DTYPE_BYTES[compute] * shape.width / (1.0 + CUDA_FRAGMENTATION)
+    other = int(scratch_bytes_per_token(shape, compute, device) + head)
+    return limit - max(0, tokens - fitting_tokens) * other - tokens * layer_bytes_per_token(shape, compute, device)
