@@ -239,7 +239,7 @@ def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None
 
 
 def test_probe_tries_what_fits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(model("8b"), "qlora", training={"tokens_per_micro_batch": "probe"})
+    config = config_of(model("8b"), "lora", training={"tokens_per_micro_batch": "probe"})
     shape = read_shape(config.model)
     fitting, _ = auto_budget(config, shape, DEVICES["rtx4090"])
     assert assumed_micro_batch(config, shape, DEVICES["rtx4090"]).tokens == fitting < CANDIDATE_BUDGETS["cuda"][0]

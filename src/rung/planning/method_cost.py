@@ -162,7 +162,7 @@ def method_bytes_per_token(config: Any, shape: ModelShape, compute: str = "float
 def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) -> int:
     """Products with A. For each linear, dropout stores its mask and its output, DoRA stores two outputs.
 
-    With DoRA or 4 bits the last linear of a block has its own forward and stores its input; 8 bits store every input
+    With DoRA the last linear of a block has its own forward and stores its input; 8 bits store every input
     (bitsandbytes).
     """
     linears = targeted_linears(config.targets, shape)
@@ -172,7 +172,8 @@ def _low_rank_activations(config: LowRankConfig, shape: ModelShape, layer: int) 
     dora = 2 * sum(m.outputs for m in linears) if config.dora else 0
     if bits == 8:
         return low + dropout + dora + 2 * shape.width + shape.mlp
-    keeps_down_input = (bits == 4 or dora) and not dropout and any("down" in m.roles for m in linears)
+    # peft's own forward keeps the input of the last linear, which the fused function makes again
+    keeps_down_input = dora and not dropout and any("down" in m.roles for m in linears)
     return low + dropout + dora + (shape.mlp if keeps_down_input else 0)
 
 
