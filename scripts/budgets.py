@@ -18,6 +18,7 @@ BASES = {
     "CodeLimitsConfig",
     "JudgeConfig",
     "TeacherConfig",
+    "GenerationRequest",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
     *("float", "str"),
