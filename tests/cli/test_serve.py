@@ -20,15 +20,19 @@ import openai
 import pytest
 import torch
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builders import example
 from processes import inside, start
 from rung.cli import _exit_code
+from rung.data.tokenize import tokenize_records
 from rung.models.packing import pack_separately
-from rung.runs.load import open_target
+from rung.runs.load import open_reward_model, open_target
 from rung.serving.app import make_app
 from rung.serving.catalog import open_models
 from rung.serving.engine import Engine
+from rung.types import Message, Record, Source
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -208,6 +212,86 @@ def test_several_runs_on_one_base(config: Path, tmp_path: Path, tiny_base: Path,
         with pytest.raises(openai.NotFoundError, match="no such model"):
             client(port).chat.completions.create(model="other", messages=messages)
     assert expected["low-rank"] != expected["soft"]
+
+
+def test_a_reward_model_scores(compared: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """The differences are those that `rung eval` ranks by: of the same documents as in training."""
+    code, _, err = inside(capsys, "train", compared, "objective={kind: reward}", f"output={tmp_path / 'judge'}")
+    assert code == 0, err
+    policy, chat, objective, _ = open_reward_model(tmp_path / "judge")
+    texts = ["apples", "stones", "apples"]
+    record = Record((Message("user", "what is in box 3?"), Message("assistant", "apples")), Source("x", 1))
+    (document,) = tokenize_records(chat, [record], max_length=400, overflow="error").examples
+    with torch.no_grad():
+        (expected,) = objective.scores(policy, pack_separately([document])[0]).tolist()
+    with served(tmp_path / "judge", tiny_base) as (port, _):
+        body = {"model": "judge", "text_1": "what is in box 3?", "text_2": texts}
+        code, answer = post(port, "/v1/score", json.dumps(body).encode())
+        found = [row["score"] for row in answer["data"]]
+        assert code == 200 and found[0] == pytest.approx(expected, abs=1e-5)
+        assert found[2] == pytest.approx(found[0], abs=1e-5) and abs(found[1] - found[0]) > 1e-4
+        for wrong, said in (
+            ({**body, "model": str(tiny_base)}, "a reward model gives scores"),
+            ({**body, "text_2": []}, "1 to 64"),
+            ({**body, "text_2": "x " * 3000}, "cannot be scored"),
+            ({**body, "other": 1}, "other"),
+        ):
+            code, answer = post(port, "/v1/score", json.dumps(wrong).encode())
+            assert code == 400 and said in answer["error"]["message"], answer
+        with pytest.raises(openai.BadRequestError, match="writes nothing"):
+            client(port).chat.completions.create(model="judge", messages=MESSAGES)  # type: ignore[arg-type]
+        with pytest.raises(openai.NotFoundError, match="no embeddings"):
+            client(port).embeddings.create(model="judge", input="x")
+
+
+WORDS = st.sampled_from(
+    ["model", "messages", "prompt", "n", "stop", "seed", "stream", "logprobs", "tools", "role", "x"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=8,
+)
+NO_REQUESTS = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(WORDS, JSON, max_size=5).map(
+        lambda extra: json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 1, **extra}).encode()
+    ),
+)
+
+
+def try_no_requests(base: tuple[int, Engine, Path], count: int) -> None:
+    port, engine, _ = base
+    paths = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/score"])
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(paths, NO_REQUESTS)
+    def ask(path: str, body: bytes) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        if response.status != 200:
+            assert 400 <= response.status < 500, (response.status, text)
+            assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+
+    ask()
+    deadline = time.monotonic() + 20
+    while (engine.active_rows or engine.waiting) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.is_alive and not engine.active_rows and not engine.waiting
+
+
+def test_two_hundred_requests_that_are_none(base: tuple[int, Engine, Path]) -> None:
+    """4xx in OpenAI's form, or an answer; never a 5xx, and no row is left behind."""
+    try_no_requests(base, 200)
+
+
+@pytest.mark.soak
+def test_two_thousand_requests_that_are_none(base: tuple[int, Engine, Path]) -> None:
+    try_no_requests(base, 2000)
 
 
 def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_base: Path) -> None:

@@ -45,13 +45,17 @@ def test_answers_are_those_of_each_prompt_alone(shape: str, beginning: list[int]
     assert batch.encoded_tokens + batch.shared_tokens == sum(len(prompt) - 1 for prompt in prompts)
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"), [("lora", {}), ("prefix", {"virtual_tokens": 3}), ("prompt", {"virtual_tokens": 3})]
-)
-def test_methods_answer_as_the_decoder_does(kind: str, config: dict[str, Any]) -> None:
+METHODS: dict[str, dict[str, Any]] = {
+    **{"lora": {}, "prefix": {"virtual_tokens": 3}, "prompt": {"virtual_tokens": 3}},
+    **{"mixture": {"experts": 2}, "bottleneck": {"width": 4}},
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_methods_answer_as_the_decoder_does(kind: str) -> None:
     from rung.models.generate import Sampling, generate
 
-    policy, _ = tuned(kind, dtype=torch.float64, **config)
+    policy, _ = tuned(kind, dtype=torch.float64, **METHODS[kind])
     expected = [a.ids for a in generate(policy, PROMPTS, stop_ids=[], sampling=Sampling(9))]
     batch, answers = SlotBatch(policy, beginnings_bytes=10**7), dict[SlotRow, list[int]]()
     rows = [batch.join(prompt, [RowSampling(9)])[0] for prompt in PROMPTS]

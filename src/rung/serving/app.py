@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,6 +26,7 @@ from starlette.routing import Route
 
 from rung.data.chat import ChatTemplate
 from rung.errors import RungError
+from rung.models.slot_batch import DrawnToken
 from rung.serving.access import AccessControl
 from rung.serving.answers import AnswerText
 from rung.serving.catalog import ServedModel
@@ -34,15 +37,17 @@ from rung.serving.protocol import (
     CompletionRequest,
     GenerationRequest,
     RequestError,
+    ScoreRequest,
     chat_choice,
     chat_logprobs,
     completion_logprobs,
     usage,
 )
 from rung.serving.protocol import Response as Reply
+from rung.serving.scoring import prompt_logprobs, scored_documents, scores
 from rung.types import Message
 
-Parsed = TypeVar("Parsed", bound=GenerationRequest)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 RETRY_AFTER_SECONDS = 1
 """What a client is told that finds the queue full."""
 
@@ -55,6 +60,8 @@ def make_app(engine: Engine, key: str | None = None) -> Starlette:
         Route("/v1/models/{name:path}", handlers.model),
         Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
         Route("/v1/completions", handlers.complete, methods=["POST"]),
+        Route("/v1/score", handlers.score, methods=["POST"]),
+        Route("/v1/embeddings", handlers.embeddings, methods=["POST"]),
         Route("/health", handlers.health),
         Route("/metrics", handlers.metrics),
     ]
@@ -139,16 +146,42 @@ class Handlers:
         prompt_tokens, answer_tokens = (sum(counts) for counts in zip(*(run.counts() for run in runs), strict=True))
         return JSONResponse(reply.whole(choices, usage(prompt_tokens, answer_tokens)))
 
+    async def score(self, request: Request) -> Response:
+        """POST /v1/score: numbers of a reward model; only differences between answers to one question count."""
+        asked = await _read(request, ScoreRequest)
+        served = self._served(asked.model)
+        if (scorer := served.scorer) is None:
+            raise RequestError("this model writes answers: a reward model gives scores", param="model")
+        limit, chat = self.engine.batches[served.name].max_tokens, served.model.chat.with_control_tokens(None)
+        try:
+            documents = scored_documents(chat, asked.text_1, asked.answers(), limit)
+        except RungError as error:
+            raise RequestError(f"this cannot be scored: {error.summary}", param="text_2") from None
+        found: list[float] = []
+        run = _Running(self.engine, served.name, [], [], [], compute=lambda: found.extend(scores(scorer, documents)))
+        await run.finish(request)
+        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)]
+        head = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": served.name}
+        return JSONResponse({**head, "data": data, "usage": usage(sum(map(len, documents)), 0)})
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: language models have none."""
+        raise RequestError("the models here write text and have no embeddings", status=404, param="model")
+
     def _completion(
         self, asked: CompletionRequest, served: ServedModel, chat: ChatTemplate, prompt: list[int], max_tokens: int
     ) -> _Running:
         limit = self._limit(served, prompt, max_tokens) if max_tokens else 0
         samplings = asked.samplings(limit, asked.logprobs or 0) if limit else []
         answers = [AnswerText(chat, limit, asked.stop or (), is_turn=False) for _ in samplings]
-        scores = asked.echo and asked.logprobs is not None
-        return _Running(
-            *(self.engine, served.name, prompt, samplings, answers), score_prompt=scores, top=asked.logprobs or 0
-        )
+        run: _Running
+
+        def compute() -> None:
+            run.prompt_tokens = prompt_logprobs(served.model.policy, prompt, asked.logprobs or 0)
+
+        scores_prompt = asked.echo and asked.logprobs is not None
+        run = _Running(self.engine, served.name, prompt, samplings, answers, compute=compute if scores_prompt else None)
+        return run
 
     def _served(self, name: str) -> ServedModel:
         if (served := self.engine.models.get(name)) is None:
@@ -159,6 +192,8 @@ class Handlers:
     def _chat(self, asked: GenerationRequest) -> tuple[ServedModel, ChatTemplate]:
         asked.refuse_unknown()
         served = self._served(asked.model)
+        if served.scorer is not None:
+            raise RequestError("a reward model writes nothing: /v1/score asks it", param="model")
         return served, served.model.chat.with_control_tokens(None)
 
     def _limit(self, served: ServedModel, prompt: Sequence[int], wanted: int | None) -> int:
@@ -181,10 +216,11 @@ class _Running:
         samplings: Sequence[Any],
         answers: list[AnswerText],
         *,
-        score_prompt: bool = False,
-        top: int = 0,
+        compute: Callable[[], None] | None = None,
     ) -> None:
         self.engine, self.answers, self.prompt = engine, answers, prompt
+        self.prompt_tokens: list[DrawnToken | None] = []
+        """Of an echoed prompt with log-probabilities."""
         self.chunks = asyncio.Queue[Chunk]()
         loop = asyncio.get_running_loop()
 
@@ -192,8 +228,8 @@ class _Running:
             with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
                 loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
 
-        self.job = Job(model, prompt, samplings, answers, on_chunk, score_prompt=score_prompt, top_logprobs=top)
-        self.is_waiting_for_score = not samplings
+        self.job = Job(model, prompt, samplings, answers, on_chunk, compute)
+        self.is_computing = not samplings
         try:
             engine.submit(self.job)
         except QueueFullError:
@@ -205,11 +241,11 @@ class _Running:
         """Chunks until every answer has ended; leaving early cancels the job."""
         ended = 0
         try:
-            while self.is_waiting_for_score or ended < len(self.answers):
+            while self.is_computing or ended < len(self.answers):
                 chunk = await self.chunks.get()
                 if chunk.error is not None:
                     raise RequestError(chunk.error, status=500)
-                self.is_waiting_for_score = False
+                self.is_computing = False
                 ended = sum(answer.finish_reason is not None for answer in self.answers)
                 yield chunk
         finally:
@@ -322,13 +358,12 @@ def _is_last(run: _Running, chunk: Chunk, ended: set[int]) -> bool:
 
 def _completion_choices(run: _Running, chat: ChatTemplate, asked: CompletionRequest) -> list[dict[str, Any]]:
     echoed = chat.decode([run.prompt], mid_document=True)[0] if asked.echo else ""
-    scored = run.job.prompt_tokens if asked.echo and asked.logprobs is not None else []
     choices = []
     answers: Sequence[AnswerText | None] = run.answers or [None]
     for answer in answers:
         logprobs = None
         if asked.logprobs is not None:
-            drawn = [*scored, *(answer.tokens if answer is not None else ())]
+            drawn = [*run.prompt_tokens, *(answer.tokens if answer is not None else ())]
             logprobs = completion_logprobs(chat, drawn, run.prompt[0], 0 if asked.echo else len(echoed))
         text = echoed + (answer.text if answer is not None else "")
         reason = answer.finish_reason if answer is not None else "length"

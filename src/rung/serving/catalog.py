@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rung.errors import ConfigError, PlanError
+from rung.evaluation.reward_model import RewardScorer
 from rung.models.base_model import BaseModel
 from rung.runs.load import (
     LoadedRun,
     config_of_run,
     load_base_on_device,
+    open_reward_model,
     open_run,
     open_target,
     share_base_if_same,
@@ -27,6 +29,8 @@ class ServedModel:
     model: LoadedRun
     stop_texts: tuple[str, ...] = ()
     """Texts that end every answer: `evaluation.stop` of the run."""
+    scorer: RewardScorer | None = None
+    """For a reward model, which gives scores and writes nothing."""
 
 
 def open_models(targets: Sequence[str]) -> dict[str, ServedModel]:
@@ -41,12 +45,24 @@ def open_models(targets: Sequence[str]) -> dict[str, ServedModel]:
     bases: list[BaseModel] = []
     served = {}
     for name, target in zip(names, targets, strict=True):
+        if (reward := _reward_model(target, bases)) is not None:
+            served[name] = ServedModel(name, *reward)
+            continue
         model = _open(target, bases)
         if model.tasks:
             reason = "this run learned a prompt for each task, and a request names a model and no task"
             raise PlanError(reason, where=target, hint="rung chat and rung generate answer for a task")
         served[name] = ServedModel(name, model, tuple(model.config.evaluation.stop) if model.config else ())
     return served
+
+
+def _reward_model(target: str, bases: list[BaseModel]) -> tuple[LoadedRun, tuple[str, ...], RewardScorer] | None:
+    run = Path(target)
+    if target_kind(target) != "run" or config_of_run(run).objective.kind != "reward":
+        return None
+    base = _base_for(run, bases) if (run / "adapter").is_dir() else None
+    policy, chat, objective, config = open_reward_model(run, base)
+    return LoadedRun(policy, chat, config, "run"), (), RewardScorer(policy, objective)
 
 
 def _name(target: str) -> str:
@@ -56,12 +72,15 @@ def _name(target: str) -> str:
 def _open(target: str, bases: list[BaseModel]) -> LoadedRun:
     if target_kind(target) != "run" or not (Path(target) / "adapter").is_dir():
         return open_target(target)
-    run = Path(target)
-    if (base := _shared(run, bases)) is None:
-        bases.append(load_base_on_device(config_of_run(run).model))
-        # modules of its own for each run: an adapter that is attached to one must not be seen by another
-        base = bases[-1].share_weights()
-    return open_run(run, base)
+    return open_run(Path(target), _base_for(Path(target), bases))
+
+
+def _base_for(run: Path, bases: list[BaseModel]) -> BaseModel:
+    """Modules of its own for each run: an adapter that is attached to one must not be seen by another."""
+    if (shared := _shared(run, bases)) is not None:
+        return shared
+    bases.append(load_base_on_device(config_of_run(run).model))
+    return bases[-1].share_weights()
 
 
 def _shared(run: Path, bases: Iterable[BaseModel]) -> BaseModel | None:

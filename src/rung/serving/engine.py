@@ -13,19 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from rung.console import print_status
-from rung.models.packing import pack_separately
 from rung.models.slot_batch import DrawnToken, RowSampling, SlotBatch, SlotRow
 from rung.serving.answers import AnswerText
 from rung.serving.catalog import ServedModel
-from rung.types import Example, Source
-
-ROWS_OF_LOGITS = 256
-"""Positions of a prompt whose logits are in memory at once."""
 
 
 class QueueFullError(Exception):
@@ -48,18 +39,15 @@ class Chunk:
 
 @dataclass(eq=False)
 class Job:
-    """A request: answers to one prompt, or, without samplings, the log-probabilities of the prompt itself."""
+    """A request: answers to one prompt, something to compute before them, or that alone."""
 
     model: str
     prompt: Sequence[int]
     samplings: Sequence[RowSampling]
     answers: Sequence[AnswerText]
     on_chunk: Callable[[Chunk], None]
-    score_prompt: bool = False
-    """Whether the log-probabilities of the prompt's tokens are computed."""
-    top_logprobs: int = 0
-    prompt_tokens: list[DrawnToken | None] = field(default_factory=list)
-    """With `score_prompt`: the tokens of the prompt with their log-probabilities; None for the first."""
+    compute: Callable[[], None] | None = None
+    """Called in the engine's thread before the answers begin, for what needs the model."""
     submitted: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
 
@@ -184,8 +172,8 @@ class Engine:
                 self._fail(job, error)
 
     def _join(self, job: Job) -> None:
-        if job.score_prompt:
-            job.prompt_tokens = self._scored(job)
+        if job.compute is not None:
+            job.compute()
         if not job.samplings:
             job.on_chunk(Chunk(0))
             return
@@ -218,23 +206,3 @@ class Engine:
         print_status(f"a request failed: {type(error).__name__}")
         job.is_cancelled = True
         job.on_chunk(Chunk(0, error=f"the model failed: {type(error).__name__}"))
-
-    @torch.no_grad()
-    def _scored(self, job: Job) -> list[DrawnToken | None]:
-        """The tokens of the prompt with the log-probabilities that the model gives them."""
-        policy, ids = self.models[job.model].model.policy, np.array(job.prompt, dtype=np.int32)
-        (batch,) = pack_separately([Example(ids, np.arange(len(ids)) > 0, Source("request", 0))], policy.device)
-        hidden = policy.hidden_states(batch)
-        logprobs = policy.logprobs_of(hidden, batch).tolist() if len(ids) > 1 else []
-        tops: list[Sequence[tuple[int, float]]] = [()] * len(logprobs)
-        if job.top_logprobs:
-            for start in range(0, len(logprobs), ROWS_OF_LOGITS):
-                rows = hidden[batch.loss.source[start : start + ROWS_OF_LOGITS]]
-                tops[start : start + len(rows)] = _top(policy.logits(rows), job.top_logprobs)
-        return [None, *map(DrawnToken, ids[1:].tolist(), logprobs, tops)]
-
-
-def _top(logits_NV: Tensor, count: int) -> list[Sequence[tuple[int, float]]]:
-    """The most probable tokens of each row, best first."""
-    values, ids = torch.log_softmax(logits_NV, dim=-1).topk(min(count, logits_NV.shape[1]))
-    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -165,6 +165,25 @@ class CompletionRequest(GenerationRequest):
         return list(prompt)
 
 
+class ScoreRequest(BaseModel):
+    """POST /v1/score, as vLLM has it: answers to a question, scored by a reward model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    text_1: str
+    """The question."""
+    text_2: str | list[str]
+    """Answers."""
+
+    def answers(self) -> list[str]:
+        """The answers. Raises `RequestError` for none or too many."""
+        answers = [self.text_2] if isinstance(self.text_2, str) else self.text_2
+        if not 1 <= len(answers) <= MAX_ANSWERS:
+            raise RequestError(f"1 to {MAX_ANSWERS} answers a request", param="text_2")
+        return answers
+
+
 class Response:
     """The parts that every response of one request has."""
 
