@@ -17,6 +17,7 @@ BASES = {
     *("MethodBase", "WeightMethodBase", "VirtualTokenBase", "LowRankConfig", "ObjectiveBase", "ReinforcementBase"),
     "CodeLimitsConfig",
     "JudgeConfig",
+    "ModelServerConfig",
     "TeacherConfig",
     "GenerationRequest",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),

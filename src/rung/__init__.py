@@ -56,6 +56,7 @@ _MODULES = {
         *("RegexRewardConfig", "RewardConfig", "RolloutConfig", "SftConfig", "TeacherPromptConfig", "VerifierConfig"),
     ),
     "config.run": ("RunConfig",),
+    "config.server": ("ModelServerConfig", "RolloutServerConfig"),
     "config.synth": (
         *(
             "DocumentsConfig",

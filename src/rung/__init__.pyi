@@ -64,6 +64,8 @@ from rung.config.objective import SftConfig as SftConfig
 from rung.config.objective import TeacherPromptConfig as TeacherPromptConfig
 from rung.config.objective import VerifierConfig as VerifierConfig
 from rung.config.run import RunConfig as RunConfig
+from rung.config.server import ModelServerConfig as ModelServerConfig
+from rung.config.server import RolloutServerConfig as RolloutServerConfig
 from rung.config.synth import DocumentsConfig as DocumentsConfig
 from rung.config.synth import ExamplesConfig as ExamplesConfig
 from rung.config.synth import FiltersConfig as FiltersConfig

@@ -265,6 +265,8 @@ class RunResult(Result):
     versions: dict[str, str | None] = {}
     fingerprints: dict[str, str | None] = {}
     """Hashes of base, data and chat template."""
+    rollout_server: dict[str, str] = {}
+    """URL and model of the server that drew the answers of the run; empty where this process did."""
     not_finite: dict[str, Any] = {}
     """Rows of the step whose loss was not finite."""
     error: str | None = None
@@ -296,6 +298,8 @@ class EvaluationResult(Result):
 
     target: str
     task: str
+    server: dict[str, str] = {}
+    """URL and model of the server that generated the answers; empty where this process did."""
     examples: int
     clusters: int | None = None
     scores: dict[str, Estimate] = {}

@@ -37,6 +37,7 @@ PUBLIC = {
         ),
         *("TeachConfig", "TeachRunConfig", "TeacherConfig", "TeacherPromptConfig"),
         *("PrefixConfig", "PromptConfig", "QloraConfig", "RegexRewardConfig", "RetrievalConfig", "RewardConfig"),
+        *("ModelServerConfig", "RolloutServerConfig"),
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
     ],

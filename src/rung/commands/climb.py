@@ -57,12 +57,13 @@ from rung.runs.load import (
     open_run,
     settle_arithmetic,
 )
+from rung.runs.server import MOVABLE_SETTINGS, check_climb_server, evaluation_answers
 from rung.runs.teacher import tokenize_run
 from rung.runs.train import StartMode, train_on_data
 from rung.training.memory_use import reset_peak_memory
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, write_json
 
-CHANGEABLE_SETTINGS = ("climb.forgetting",)
+CHANGEABLE_SETTINGS = ("climb.forgetting", *MOVABLE_SETTINGS)
 """Settings that may differ when a climb is resumed: no finished rung depends on them."""
 
 
@@ -110,6 +111,7 @@ class Climb:
                 return self._finish(folder)  # an earlier process may have been killed before it wrote the ladder
         # Everything that can be refused is refused before the first training step, and what needs no model before a
         # model is loaded.
+        check_climb_server(self.config)
         prompts = self._prompts
         for on_top in self.config.climb.on_top:
             self._data.check_on_top_rows(on_top)
@@ -313,12 +315,15 @@ class Climb:
     def _evaluate(self, model: LoadedRun, records: Records, prompt_format: PromptFormat, *, title: str) -> Evaluation:
         # The questions are the climb's, whatever setting the rung's own rows were read with.
         chat = model.chat.with_control_tokens(self.config.data.control_tokens)
-        return evaluate(model.policy, chat, records, prompt_format, self.config.evaluation, title=title)
+        server = evaluation_answers(self.config, model.config, model.folder)
+        return evaluate(model.policy, chat, records, prompt_format, self.config.evaluation, title=title, server=server)
 
     def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
         """Score a model on the questions of a rung and write the result."""
         result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
-        store_result(folder, result, {**cost, **prompts.facts})
+        server = self.config.evaluation.server
+        facts = {} if server is None else {"server": {"url": server.url, "model": server.model}}
+        store_result(folder, result, {**cost, **prompts.facts, **facts})
 
     def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int) -> None:
         """Train a run in the rung's folder, or open the finished one, and score it on the bare questions."""
@@ -345,7 +350,7 @@ class Climb:
         base = self._models.to_train(config, self._models.title(rung))
         run_data = data(base)
         policy, _ = train_on_data(config, base, run_data, StartMode(resume=is_started))
-        return LoadedRun(policy, run_data.chat, config, "run")
+        return LoadedRun(policy, run_data.chat, config, "run", folder)
 
     def _apply_search(self, rung: RungConfig) -> RungConfig:
         """The rung with settings chosen on the validation split, once for all training seeds."""

@@ -52,6 +52,8 @@ def compare(
     baseline_evaluation = evaluate_on_task(baseline, task, records)
     scores = paired_results(baseline_evaluation, target_evaluation, task.seed)
     result = ComparisonResult(target=target, baseline=baseline, task=task_name(config, target), **scores)
+    if (server := task.evaluation.server) is not None:
+        result = result.replace(server={"url": server.url, "model": server.model})
     if judge is None:
         return result
     # strict: a missing item would pair all later answers with the wrong question.

@@ -26,6 +26,7 @@ from rung.files import is_run_folder
 from rung.results import EvaluationResult, RewardModelHealth
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
 from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, target_kind, test_records
+from rung.runs.server import check_evaluation_server
 from rung.runs.train import micro_batch_tokens
 from rung.training.run_folder import RunFolder, is_climb, read_manifest
 
@@ -55,6 +56,8 @@ def evaluate(
     metrics = {**result.summary(), **retrieval}
     # A user waits for the retrieval as well as for the answer.
     metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
+    if (server := task.evaluation.server) is not None:
+        metrics["server"] = {"url": server.url, "model": server.model}
     contamination_result = {"contamination": contamination_of(path, result, originals)} if is_run else {}
     if is_own_score:
         # `items.parquet` belongs to the climb that the run may be part of.
@@ -175,6 +178,8 @@ def _scores(result: Evaluation, items: Sequence[ScoredItem]) -> dict[str, Any] |
 
 def evaluate_on_task(target: str, task: RunConfig, records: Records) -> Evaluation:
     """Scores of a run or a base. The model is not kept, so the next one finds its memory free."""
+    # before the model is loaded: what the server cannot answer for, and a server that is not there
+    check_evaluation_server(task, config_of_run(Path(target)) if is_run_folder(target) else None)
     return score(open_target(target, task.model), task, records)
 
 

@@ -379,7 +379,9 @@ def _reference(source: ExportSource, rows: Sequence[ProofRow], task: MeasuredTas
             with policy.method.disabled():
                 base_logprobs = next_token_logprobs(policy, rows)
     if task is not None:
-        task = replace(task, evaluation=score(model, task.task, task.records))
+        # compared with llama.cpp is this process, wherever else the run is scored
+        here = task.task.model_copy(update={"evaluation": task.task.evaluation.model_copy(update={"server": None})})
+        task = replace(task, evaluation=score(model, here, task.records))
     return RunReference(rows, RunLogprobs(logprobs, table_logprobs, base_logprobs), task)
 
 

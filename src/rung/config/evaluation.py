@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from rung.config.base import Config, Pattern
 from rung.config.code import CodeLimitsConfig
 from rung.config.judge import JudgeConfig
+from rung.config.server import ModelServerConfig
 
 Context = Literal["given", "withheld", "retrieved"]
 ExampleSelection = Literal["random", "similarity", "coverage"]
@@ -81,10 +82,19 @@ class EvaluationConfig(Config):
     """qlora only: answer with a dequantized copy of the base: the same weights, faster, more memory."""
     batch: PositiveInt = 64
     """Answers generated at once; a question that waits takes the place of an answer that has ended."""
+    server: ModelServerConfig | None = None
+    """A vLLM server that generates the answers of `rung eval` and `rung climb`, with the adapter of each run; some of
+    them are read here again. Default: this process generates them."""
     judge: JudgeConfig | None = None
     """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""
 
     def _check(self) -> None:
+        if self.server is not None and self.batch != type(self).model_fields["batch"].default:
+            raise ValueError("batch is of answers that this process generates: for a server set server.concurrency")
+        if self.server is not None and self.dequantize:
+            raise ValueError("dequantize is of answers that this process generates: leave it out with a server")
+        if self.server is not None and set(self.metrics) == {"perplexity"}:
+            raise ValueError("server is of generated answers, and perplexity alone generates none")
         if self.code_limits != CodeLimitsConfig() and "code" not in self.metrics:
             raise ValueError("code_limits is for metrics: [code]")
         if bool(self.banned) != ("not_banned" in self.metrics):

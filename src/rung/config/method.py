@@ -49,6 +49,11 @@ class MethodBase(Config):
         """Dropout rate on the input of the adapters."""
         return 0.0
 
+    @property
+    def server_blocker(self) -> str | None:
+        """Why a vLLM server cannot answer with the adapter of a run; None: it can."""
+        return "it adds plain LoRA updates to its base and nothing else"
+
     def widens_base(self, compute: str) -> bool:
         """Whether the method holds a base stored in bfloat16 in float32, where products run in `compute`.
 
@@ -117,6 +122,18 @@ class LowRankConfig(WeightMethodBase):
     def adapter_dropout(self) -> float:
         """The setting `dropout`."""
         return self.dropout
+
+    @property
+    def server_blocker(self) -> str | None:
+        """DoRA and fully trained modules, which vLLM refuses, and updates of different scales."""
+        if self.dora:
+            return "dora: it adds B A and scales no direction"
+        if self.modules_to_save:
+            return "modules_to_save: it replaces no module of its base"
+        # vllm/lora/peft_helper.py reads neither rank_pattern nor alpha_pattern
+        if len({self.scale_at(rank) for rank in (self.rank, *self.rank_pattern.values())}) > 1:
+            return "rank_pattern with alpha: it multiplies all updates by one scale; without alpha they have one"
+        return None
 
     def widens_base(self, compute: str) -> bool:
         """With DoRA in float32: peft computes the norms of columns in the dtype of the stored weight."""

@@ -14,6 +14,7 @@ from rung.config.base import Config, Pattern
 from rung.config.code import CodeLimitsConfig
 from rung.config.evaluation import Context, ExampleSelection
 from rung.config.judge import JudgeConfig
+from rung.config.server import RolloutServerConfig
 
 
 class ObjectiveBase(Config):
@@ -226,6 +227,12 @@ class RolloutConfig(Config):
     """Optimizer steps per epoch, each with a share of the prompts; with fewer prompts than steps, prompts repeat."""
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a truncated answer."""
+    server: RolloutServerConfig | None = None
+    """For grpo and ppo: a vLLM server that generates the answers; default: this process does."""
+
+    def _check(self) -> None:
+        if self.server is not None and self.batch != type(self).model_fields["batch"].default:
+            raise ValueError("batch is of answers that this process generates: for a server set server.concurrency")
 
     @property
     def steps(self) -> int:
@@ -446,6 +453,8 @@ class DistillConfig(ObjectiveBase):
             raise ValueError("beta is for divergence: jsd")
         if self.rollout != type(self).model_fields["rollout"].default and not self.on_policy:
             raise ValueError("rollout is for on_policy above 0")
+        if self.rollout.server is not None:
+            raise ValueError("rollout.server is for grpo and ppo: a student answers in this process")
         if self.rollout.num_generations != 1 or self.rollout.num_minibatches != 1 or self.rollout.truncation_penalty:
             raise ValueError("a student gives one answer to a row, in one step: leave answers, minibatches and cut")
 

@@ -81,6 +81,8 @@ class RunConfig(Config):
         # the reference is the base, whose embedding table has no rows for these ids
         if self.objective.reference_model and inserted_token_ids(self.method, 0):
             raise ValueError("a reference cannot read virtual tokens inside the text: put all of them in front")
+        if self.objective.kind == "reward" and self.evaluation.server is not None:
+            raise ValueError("a reward model generates nothing: evaluation.server would have nothing to do")
         if self.objective.kind == "reward" and self.method.kind == "head":
             raise ValueError("a reward model does not read the model's output head, which is all that head moves")
 

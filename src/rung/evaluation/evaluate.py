@@ -26,6 +26,7 @@ from rung.data.messages import expected_text
 from rung.data.parsed_answer import ParsedAnswer
 from rung.errors import DataError
 from rung.evaluation.prompting import PromptFormat
+from rung.evaluation.server_answers import ServerAnswers
 from rung.models.generate import Sampling, generate_by_task
 from rung.models.packing import pack
 from rung.models.policy import Policy, sum_by_document
@@ -142,8 +143,9 @@ def evaluate(
     config: EvaluationConfig,
     *,
     title: str = "evaluate",
+    server: ServerAnswers | None = None,
 ) -> Evaluation:
-    """Answer every record greedily and score it.
+    """Answer every record greedily and score it; the answers come from `server`, or from this process.
 
     Seconds per query are wall time over all items, with shared prefixes encoded once, as a server would do: the time to
     answer, or, where only perplexity is measured, the time to read the expected answer.
@@ -162,7 +164,7 @@ def evaluate(
             chat.expected_calls(record)
         # what a method puts before a prompt, such as virtual tokens, may differ from task to task
         tasks = [record.task for record in records]
-        answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title)
+        answers, stopped, seconds = _generate_answers(policy, chat, prompts, tasks, config, title, server)
     answers_with_stop = list(zip(answers, stopped, strict=True))
     scored = score_answers(
         *(chat, records, prompts, answers_with_stop, seconds, config.metrics),
@@ -279,18 +281,19 @@ def _generate_answers(
     tasks: Sequence[str | None],
     config: EvaluationConfig,
     title: str,
+    server: ServerAnswers | None,
 ) -> tuple[list[ParsedAnswer], list[bool], float]:
     start_time = time.perf_counter()
     with ProgressBar(title, len(prompts)) as bar:
-        sampling, stop_texts = Sampling(config.max_new_tokens), config.stop
-        answers = generate_by_task(
-            *(policy, prompts, tasks),
-            stop_ids=chat.generation_stop_ids,
-            sampling=sampling,
-            batch_size=config.batch,
-            on_batch=bar.advance,
-            on_token=partial(chat.has_stop_text, stop_texts=stop_texts) if stop_texts else None,
-        )
+        stop_ids, stop_texts = chat.generation_stop_ids, config.stop
+        on_token = partial(chat.has_stop_text, stop_texts=stop_texts) if stop_texts else None
+        options: Any = {"on_token": on_token, "on_batch": bar.advance}
+        if server is not None:
+            answers = server.answer(policy, prompts, stop_ids, config.max_new_tokens, **options)
+        else:
+            sampling = Sampling(config.max_new_tokens)
+            options |= {"stop_ids": stop_ids, "sampling": sampling, "batch_size": config.batch}
+            answers = generate_by_task(policy, prompts, tasks, **options)
     seconds = time.perf_counter() - start_time
     parsed = [chat.parsed_answer(a.all_tokens, stopped=a.stopped, stop_texts=stop_texts) for a in answers]
     return parsed, [a.stopped for a in answers], seconds

@@ -12,16 +12,16 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from ipaddress import ip_address
 from itertools import islice
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -34,6 +34,7 @@ from rung.inference.journal import Journal, request_key
 from rung.inference.options import named_logprobs, option_logprobs
 from rung.models.generate import Sampling
 
+T = TypeVar("T")
 API_KEY_VARIABLE = "RUNG_API_KEY"
 """Environment variable with the API key for the server that is asked; it is never written to a file or message."""
 OPENAI_HOST, OPENAI_KEY_VARIABLE = "api.openai.com", "OPENAI_API_KEY"
@@ -79,6 +80,8 @@ class Server:
     """Retries of a request that fails temporarily."""
     timeout: float = 300.0
     """Seconds per try."""
+    hint: str = RESUME_HINT
+    """What to do when it cannot be reached."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -162,7 +165,8 @@ class Server:
                 journal.add(key, kept[key])
                 bar.advance()
 
-            for key, reason in _answer_concurrently(self, missing, keep, options).items():
+            ask = partial(_ask_for_all, server=self, options=options)
+            for key, reason in answer_concurrently(self, missing, ask, keep).items():
                 kept[key] = {FAILED: reason}
                 if keep_failures:
                     journal.add(key, kept[key])
@@ -181,24 +185,25 @@ def _chat_request(conversation: Conversation, index: int, sampling: Sampling) ->
     return {"messages": [message_to_json(turn) for turn in conversation.turns], **settings}
 
 
-def _answer_concurrently(
+def answer_concurrently(
     server: Server,
     requests: Mapping[str, dict[str, Any]],
-    on_reply: Callable[[str, Reply], None],
-    options: tuple[str, ...],
+    send: Callable[[Any, dict[str, Any]], T],
+    on_reply: Callable[[str, T], None],
 ) -> dict[str, str]:
     """Send all requests; `on_reply` gets each reply with its key as it arrives. Returns why others fail for good.
 
-    `on_reply` is called by the thread that asked, one at a time: a reply is kept before that thread asks for the next.
+    `send` gets the client and a request. `on_reply` is called by the thread that asked, one at a time: a reply is kept
+    before that thread asks for the next. Raises a `RungError` for what would stop all of them.
     """
-    client = _make_client(server)
+    client = make_client(server)
     remaining = iter(requests.items())
     in_flight: dict[Future[None], str] = {}
     reasons: dict[str, str] = {}
     errors_in_a_row, lock = 0, Lock()
 
-    def ask(key: str, request: Mapping[str, Any]) -> None:
-        reply = _ask_for_all(client, server, request, options)
+    def ask(key: str, request: dict[str, Any]) -> None:
+        reply = send(client, request)
         with lock:
             on_reply(key, reply)
 
@@ -208,12 +213,12 @@ def _answer_concurrently(
         try:
             future.result()
         # only this request fails; every other error stops all of them
-        except _RefusedError as error:
+        except RefusedError as error:
             reasons[key] = str(error)
             errors_in_a_row = errors_in_a_row + 1 if error.is_of_server else 0
             if errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
                 summary = f"the server fails: {error}"
-                raise _FailingServerError(summary, where=server.url, hint=RESUME_HINT) from None
+                raise _FailingServerError(summary, where=server.url, hint=server.hint) from None
         else:
             errors_in_a_row = 0
 
@@ -236,7 +241,7 @@ class _FailingServerError(CheckpointError):
     """Every request ends in an error of the server."""
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """The server rejects one request for good; others may succeed."""
 
     def __init__(self, reason: str, *, is_of_server: bool = False) -> None:
@@ -245,7 +250,7 @@ class _RefusedError(Exception):
         """Whether it is an error of the server, which a server that is down gives to every request."""
 
 
-def _make_client(server: Server) -> Any:
+def make_client(server: Server) -> Any:
     """One client for all threads."""
     try:
         openai: Any = import_module("openai")
@@ -269,8 +274,9 @@ def _keep_own_headers(key: str, request: Any) -> None:
     request.headers["authorization"] = f"Bearer {key}"
 
 
-def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: tuple[str, ...]) -> Reply:
-    """The reply to one request; `_RefusedError` where it fails for good, a `RungError` where all others would too."""
+@contextmanager
+def translated_errors(client: Any, server: Server) -> Iterator[None]:
+    """Raise `RefusedError` for a request that fails for good, and a `RungError` where all others would fail too."""
     openai: Any = import_module("openai")
     key = client.api_key
 
@@ -278,9 +284,8 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
     def clean(error: Exception) -> str:
         return " ".join(str(error).split()).replace(key, "***")[:300] if key != NO_KEY else str(error)[:300]
 
-    start_time = time.perf_counter()
     try:
-        answer = client.chat.completions.create(model=server.model, **request)
+        yield
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         summary = f"the server refuses the key in {API_KEY_VARIABLE}: {clean(error)}"
         hint = None if key != NO_KEY else f"put the key of this server into the environment: {API_KEY_VARIABLE}=..."
@@ -289,7 +294,7 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
         raise ConfigError(f"no such model there: {clean(error)}", where=server.url, given=server.model) from None
     except openai.APIConnectionError as error:  # a timeout is one, too
         summary = f"the server cannot be reached, after {server.retries} further tries: {clean(error)}"
-        raise CheckpointError(summary, where=server.url, hint=RESUME_HINT) from None
+        raise CheckpointError(summary, where=server.url, hint=server.hint) from None
     except openai.APIStatusError as error:
         if 300 <= error.status_code < 400:
             target = error.response.headers.get("location")
@@ -297,19 +302,26 @@ def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: t
             raise ConfigError(summary, where=server.url, given=target, hint=hint) from None
         if error.status_code in OUTAGE_STATUSES:
             summary = f"the server answers nobody, after {server.retries} further tries: {clean(error)}"
-            raise CheckpointError(summary, where=server.url, given=error.status_code, hint=RESUME_HINT) from None
+            raise CheckpointError(summary, where=server.url, given=error.status_code, hint=server.hint) from None
         reason, is_of_server = f"{type(error).__name__}: {clean(error)}", error.status_code >= 500
-        raise _RefusedError(reason, is_of_server=is_of_server) from None
+        raise RefusedError(reason, is_of_server=is_of_server) from None
     except openai.OpenAIError as error:
-        raise _RefusedError(f"{type(error).__name__}: {clean(error)}") from None
+        raise RefusedError(f"{type(error).__name__}: {clean(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise _RefusedError(f"the answer is not JSON: {clean(error)}") from None
+        raise RefusedError(f"the answer is not JSON: {clean(error)}") from None
+
+
+def _ask_one(client: Any, server: Server, request: Mapping[str, Any], options: tuple[str, ...]) -> Reply:
+    """The reply to one request; raises as `translated_errors`, and `RefusedError` for a reply of another form."""
+    start_time = time.perf_counter()
+    with translated_errors(client, server):
+        answer = client.chat.completions.create(model=server.model, **request)
     prompt_tokens, answer_tokens = _token_counts(answer)
     answers = _parse_answers(answer, int(request["n"]), options)
     return Reply(answers, prompt_tokens, answer_tokens, time.perf_counter() - start_time)
 
 
-def _ask_for_all(client: Any, server: Server, request: Mapping[str, Any], options: tuple[str, ...]) -> Reply:
+def _ask_for_all(client: Any, request: Mapping[str, Any], server: Server, options: tuple[str, ...]) -> Reply:
     """The reply with all answers: a server that gives fewer than `n` is asked again, with other seeds."""
     reply, asked = _ask_one(client, server, request, options), 1
     while (missing := request["n"] - len(reply.answers)) > 0:
@@ -380,7 +392,7 @@ def _parse_answers(answer: Any, most: int, options: tuple[str, ...]) -> tuple[An
     choices = choices if isinstance(choices, list) else []
     texts = [_text_of(getattr(getattr(choice, "message", None), "content", None)) for choice in choices]
     if not 0 < len(texts) <= most or None in texts:
-        raise _RefusedError(f"{len(texts)} answers where {most} were asked for, or one without text")
+        raise RefusedError(f"{len(texts)} answers where {most} were asked for, or one without text")
     return tuple(
         Answer(
             *(str(text), getattr(choice, "finish_reason", None) == "stop"),

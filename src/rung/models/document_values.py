@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rung.models.packing import pack
 from rung.models.policy import Policy
@@ -40,3 +42,16 @@ def values_by_document(
     for batch in batches:
         values |= {index_by_id[id(d)]: v for d, v in zip(batch.documents, value(batch), strict=True)}
     return [values[i] for i in range(len(documents))]
+
+
+def token_values_by_document(
+    readers: Sequence[Policy], documents: Sequence[Example], budget: int, value: Callable[[PackedBatch], Tensor]
+) -> list[np.ndarray]:
+    """Values [predictions] of each document; `value` returns one number for each prediction of a batch, [N]."""
+
+    def split_by_document(batch: PackedBatch) -> list[np.ndarray]:
+        # entries of the loss index are grouped by owner in the order of predictions
+        values_N, owner_N = value(batch).cpu(), batch.loss.owner.cpu()
+        return [values_N[owner_N == i].numpy() for i in range(len(batch.documents))]
+
+    return values_by_document(readers, documents, budget, split_by_document)

@@ -19,8 +19,9 @@ from torch import Tensor
 from rung.config.objective import GrpoConfig
 from rung.models.policy import Policy, sum_by_document
 from rung.objectives.advantages import group_normalized_advantages, leave_one_out_advantages, mean_baseline_advantages
+from rung.objectives.importance import importance_metrics, truncated_importance_weights
 from rung.objectives.protocol import Objective
-from rung.types import Counts, Example, LossTerm, PackedBatch, Rollout
+from rung.types import SAMPLER_LOGRATIO, Counts, Example, LossTerm, PackedBatch, Rollout
 
 ADVANTAGES = dict(grpo=group_normalized_advantages, dr_grpo=mean_baseline_advantages, rloo=leave_one_out_advantages)
 
@@ -59,13 +60,13 @@ class GrpoObjective(Objective):
         columns: list[dict[str, np.ndarray]] = [{} for _ in documents]
         # With one step per rollout the ratio is 1, so the sampling policy need not be evaluated.
         if self.config.rollout.steps > 1:
-            store_column(columns, "old", rollout.evaluate_documents(policy.logprobs))
+            store_column(columns, "old", sampling_logprobs(policy, rollout))
         if self.config.kl_weight:
             store_column(columns, "reference", rollout.evaluate_documents(policy.reference_logprobs))
         # RLOO puts the divergence into the reward of an answer, not into the loss.
         if self.config.kl_weight and self.config.loss == "rloo":
             is_stored = "old" in columns[0]
-            logprobs = [c["old"] for c in columns] if is_stored else rollout.evaluate_documents(policy.logprobs)
+            logprobs = [c["old"] for c in columns] if is_stored else sampling_logprobs(policy, rollout)
             divergences = [float((a - c["reference"]).sum()) for a, c in zip(logprobs, columns, strict=True)]
             rewards = rewards - self.config.kl_weight * np.array(divergences)
         advantages = np.zeros(len(documents))
@@ -88,11 +89,14 @@ class GrpoObjective(Objective):
         # Detached: the ratio is 1 and its gradient is that of log p.
         old_N = columns["old"].to(logprobs_N.dtype) if "old" in columns else logprobs_N.detach()
         tokens_D = sum_by_document(batch, torch.ones_like(logprobs_N))
+        sampler = self._sampler_logratio(batch, logprobs_N)
         if self.config.loss == "rloo":
             total_D = sum_by_document(batch, logprobs_N - old_N)
             losses_D = clipped_surrogate(total_D, sum_by_document(batch, advantage_N) / tokens_D, self.config.clip)
+            losses_D = self._weigh(losses_D, sampler)
         else:
             losses_N = clipped_surrogate(logprobs_N - old_N, advantage_N, self.config.clip)
+            losses_N = self._weigh(losses_N, sampler)
             if self.config.kl_weight:
                 reference_N = columns["reference"].to(logprobs_N.dtype)
                 losses_N = losses_N + self.config.kl_weight * kl_estimate(logprobs_N, reference_N)
@@ -100,6 +104,8 @@ class GrpoObjective(Objective):
             divisor = tokens_D if self.config.loss == "grpo" else self.config.rollout.max_new_tokens
             losses_D = sum_by_document(batch, losses_N) / divisor
         self._record_batch(batch, logprobs_N.detach(), old_N, columns.get("reference"))
+        if sampler is not None:
+            self.batch_metrics[-1][SAMPLER_LOGRATIO] = sampler
         weight_D = losses_D.new_tensor([d.weight for d in batch.documents])
         return [LossTerm((losses_D * weight_D).sum(), "sequences", self.config.loss)]
 
@@ -108,7 +114,24 @@ class GrpoObjective(Objective):
         ratio = metrics["logratio"].exp()
         clipped_share = ((ratio - 1.0).abs() > self.config.clip).double().mean()
         divergence = {"kl": float(metrics["kl"].mean())} if "kl" in metrics else {}
-        return {**self.rollout_metrics, "ratio": float(ratio.mean()), "clipped": float(clipped_share), **divergence}
+        ratios = {"ratio": float(ratio.mean()), "clipped": float(clipped_share), **divergence}
+        if (server := self.config.rollout.server) is not None:
+            ratios |= importance_metrics(metrics[SAMPLER_LOGRATIO], server.importance_sampling_cap)
+        return {**self.rollout_metrics, **ratios}
+
+    def _sampler_logratio(self, batch: PackedBatch, logprobs_N: Tensor) -> Tensor | None:
+        """Log-ratios of policy and server, [N], with rloo [D], whose actions are answers; None without a server."""
+        if self.config.rollout.server is None:
+            return None
+        logratio_N = batch.loss.columns[SAMPLER_LOGRATIO].to(logprobs_N.dtype)
+        return sum_by_document(batch, logratio_N) if self.config.loss == "rloo" else logratio_N
+
+    def _weigh(self, losses: Tensor, sampler_logratio: Tensor | None) -> Tensor:
+        """Policy losses of tokens or answers, weighted where a server has drawn them."""
+        if sampler_logratio is None or self.config.rollout.server is None:
+            return losses
+        cap = self.config.rollout.server.importance_sampling_cap
+        return losses * truncated_importance_weights(sampler_logratio, cap)
 
     def _record_batch(self, batch: PackedBatch, logprobs_N: Tensor, old_N: Tensor, reference_N: Tensor | None) -> None:
         """Record what the loss uses: RLOO has ratios of whole answers, and the plain log-ratio is in its reward."""
@@ -133,6 +156,12 @@ class GrpoObjective(Objective):
             "answer_tokens": float(np.mean([d.predictions for d in rollout.documents])),
             "cut": 1.0 - float(np.mean(rollout.stopped)),
         }
+
+
+def sampling_logprobs(policy: Policy, rollout: Rollout) -> Sequence[np.ndarray]:
+    """Log-probabilities of the policy that the rollout was drawn with, [predictions] per document."""
+    known = rollout.policy_logprobs
+    return rollout.evaluate_documents(policy.logprobs) if known is None else known
 
 
 def store_column(columns: list[dict[str, np.ndarray]], name: str, values: Sequence[np.ndarray]) -> None:

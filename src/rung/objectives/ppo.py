@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from rung.config.objective import PpoConfig
 from rung.models.policy import Policy
 from rung.objectives.advantages import Floats, generalized_advantage_estimates, whiten
-from rung.objectives.grpo import clipped_surrogate, kl_estimate
+from rung.objectives.grpo import clipped_surrogate, kl_estimate, sampling_logprobs
+from rung.objectives.importance import importance_metrics, truncated_importance_weights
 from rung.objectives.protocol import Objective
 from rung.objectives.reward import ScoreHead
-from rung.types import Example, LossTerm, PackedBatch, Rollout
+from rung.types import SAMPLER_LOGRATIO, Example, LossTerm, PackedBatch, Rollout
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -93,7 +94,7 @@ class PpoObjective(Objective):
 
     def rollout_columns(self, policy: Policy, rollout: Rollout) -> list[Mapping[str, np.ndarray]]:
         """Log-probabilities, values, advantages and returns of every token under the sampling policy."""
-        old = rollout.evaluate_documents(policy.logprobs)
+        old = sampling_logprobs(policy, rollout)
         values = rollout.evaluate_documents(lambda batch: self.values(policy, batch))
         logratios = [np.zeros_like(reward) for reward in old]
         if self.config.kl_weight:
@@ -138,6 +139,12 @@ class PpoObjective(Objective):
         values_N, clip = values_N.to(logprobs_N.dtype), self.config.cliprange_value
         value_N = value_loss(values_N, columns["values"], columns["returns"], clip)
         metrics = {"logratio": logratio_N, "logprob": logprobs_N, "value_loss": value_N}
+        importance_N: Tensor | float = 1.0
+        if (server := self.config.rollout.server) is not None:
+            metrics[SAMPLER_LOGRATIO] = columns[SAMPLER_LOGRATIO]
+            importance_N = truncated_importance_weights(columns[SAMPLER_LOGRATIO], server.importance_sampling_cap)
+            # not the value loss: values are fitted to the returns of the answers at hand, whoever drew them
+            policy_N = policy_N * importance_N
         self.batch_metrics.append({name: values.detach() for name, values in metrics.items()})
         terms = [
             LossTerm((policy_N * weight_N).sum(), "tokens", "policy"),
@@ -145,7 +152,7 @@ class PpoObjective(Objective):
         ]
         # Gradient of the negative entropy: E[log p grad log p]. The ratio corrects for tokens of the old policy.
         if self.config.entropy:
-            surprise_N = logratio_N.exp() * logprobs_N.detach()
+            surprise_N = importance_N * logratio_N.exp() * logprobs_N.detach()
             terms.append(LossTerm(self.config.entropy * (surprise_N * weight_N).sum(), "tokens", "entropy"))
         return terms
 
@@ -161,7 +168,10 @@ class PpoObjective(Objective):
 
     def summarize(self, metrics: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Of the rollout: rewards, divergence, values; of the step: ratio, clipping, entropy."""
-        ratio = metrics["logratio"].exp()
+        ratio, server = metrics["logratio"].exp(), self.config.rollout.server
+        importance = {}
+        if server is not None:
+            importance = importance_metrics(metrics[SAMPLER_LOGRATIO], server.importance_sampling_cap)
         return {
             **self.rollout_metrics,
             "ratio": float(ratio.mean()),
@@ -169,6 +179,7 @@ class PpoObjective(Objective):
             "kl_step": float(_k3(metrics["logratio"]).mean()),
             "entropy": float(-(ratio * metrics["logprob"]).mean()),
             "value_loss": float(metrics["value_loss"].mean()),
+            **importance,
         }
 
     def _record_rollout(

@@ -277,7 +277,7 @@ def estimate_memory(
         Stage("optimizer", (*resident, gradients, *(() if on_card else (temporaries,)), *heap)),
     ]
     rollout = config.objective.rollout
-    if rollout is not None and generates_rollouts(config):
+    if rollout is not None and rollout.server is None and generates_rollouts(config):
         # A step never needs more answers at once than it generates.
         rows = min(rollout.batch, rollout.num_generations * config.training.examples_per_step)
         tokens = micro_batch.tokens // max(1, rollout.num_generations) + rollout.max_new_tokens

@@ -272,6 +272,8 @@ def versions(source: ReportSource) -> Pairs:
     """Versions, device and precision of the computation."""
     run = source.runs[0].result if source.runs else source.result
     pairs = {**source.result.versions, "device": run.device, "computed in": run.compute_dtype}
+    if server := run.rollout_server:
+        pairs["answers drawn by"] = f"{server['model']} at {server['url']}"
     return {name: value for name, value in pairs.items() if value}
 
 

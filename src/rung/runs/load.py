@@ -45,6 +45,7 @@ from rung.objectives.reward import RewardObjective, ScoreHead
 from rung.runs.artifact import check_origin, check_prompt, saved_end_ids
 from rung.runs.dataset import load_library
 from rung.runs.reward_head import HEAD_KEY, OUTPUT_HEADS, read_score_head
+from rung.runs.server import evaluation_answers
 from rung.scoring.code_answers import CODE
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.run_folder import is_climb, read_manifest
@@ -124,6 +125,8 @@ class LoadedRun:
     config: RunConfig | None = None
     """Config of the run; None for a base."""
     kind: Literal["run", "base"] = "base"
+    folder: Path | None = None
+    """Folder of the run; None for a base."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -212,7 +215,7 @@ def open_run(path: Path, base: BaseModel | None = None) -> LoadedRun:
     if config.objective.kind == "reward":
         summary = "this run is a reward model: it gives scores and writes nothing"
         raise PlanError(summary, where=str(path), hint="rung eval measures it on held-out pairs")
-    return LoadedRun(policy, chat, config, "run")
+    return LoadedRun(policy, chat, config, "run", path)
 
 
 def weight_fingerprints(name: str | Path, policy: Policy) -> list[str]:
@@ -369,7 +372,8 @@ def score(model: LoadedRun, config: RunConfig, records: Sequence[Record]) -> Eva
     dequantize_if_configured(model.policy, config)
     # A run was trained on bare questions, so an instruction would only disturb it.
     prompt_format = PromptFormat(config.evaluation.instruction if model.kind == "base" else None)
-    return evaluate(model.policy, model.chat, records, prompt_format, config.evaluation)
+    server = evaluation_answers(config, model.config, model.folder)
+    return evaluate(model.policy, model.chat, records, prompt_format, config.evaluation, server=server)
 
 
 @overload

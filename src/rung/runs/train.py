@@ -46,6 +46,7 @@ from rung.runs.dataset import RunData, read_splits
 from rung.runs.judge import JudgeScorer
 from rung.runs.load import device, hardware_fingerprints, keep_arithmetic, load_base_to_train, settle_arithmetic
 from rung.runs.reward_head import write_score_head
+from rung.runs.server import MOVABLE_SETTINGS, check_servers, rollout_sampler
 from rung.runs.teacher import tokenize_run
 from rung.training import checkpoint, gates
 from rung.training import run_folder as folders
@@ -81,17 +82,19 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
     output = Path(config.output)
 
     def finished_manifest() -> dict[str, Any] | None:
-        RunFolder.check(output, config_to_dict(config), resume=start.resume, overwrite=start.overwrite)
+        options: Any = {"resume": start.resume, "overwrite": start.overwrite, "free": MOVABLE_SETTINGS}
+        RunFolder.check(output, config_to_dict(config), **options)
         manifest = folders.read_manifest(output) if start.resume and is_run_folder(output) else {}
         if manifest.get("status") != "finished":
             return None
         # a kill after the last step may have left a half-written report, which only the owner of the lock may remove
-        RunFolder.acquire(output, config_to_dict(config), resume=True, overwrite=False).close()
+        RunFolder.acquire(output, config_to_dict(config), **{**options, "overwrite": False}).close()
         return manifest
 
     manifest: dict[str, Any] | None = world.on_rank0(finished_manifest)
     if manifest is not None:
         return manifest
+    check_servers(config)
     splits = read_splits(config)
     checks.check_code_reward(config, splits)
     load_config = keep_arithmetic(config, output) if start.resume else config
@@ -107,6 +110,7 @@ def train_run(config: RunConfig, start: StartMode = NEW_RUN, world: World = SING
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Everything up to the first step: data, model, preflight. Writes nothing."""
+    check_servers(config)
     splits = read_splits(config)
     checks.check_code_reward(config, splits)
     base = load_base_to_train(config)
@@ -143,6 +147,7 @@ def train_on_data(
     `stop_check` gets every validation loss and returns the reason to end the run there, or None.
     """
     # checks first: data or a method that cannot be used must leave no folder
+    check_servers(config)
     checks.check_processes(config, world)
     checks.check_tasks(config, data)
     checks.check_lottery(config, len(data.train.rows))
@@ -170,7 +175,8 @@ def _acquire_folder(config: RunConfig, world: World, start: StartMode) -> RunFol
 
     def acquire() -> dict[str, Any]:
         settings, resume, overwrite = config_to_dict(config), start.resume, start.overwrite
-        folders_of_rank0.append(RunFolder.acquire(path, settings, resume=resume, overwrite=overwrite))
+        options: Any = {"resume": resume, "overwrite": overwrite, "free": MOVABLE_SETTINGS}
+        folders_of_rank0.append(RunFolder.acquire(path, settings, **options))
         return folders_of_rank0[0].manifest
 
     manifest = world.on_rank0(acquire)
@@ -201,7 +207,7 @@ def _trainer(
         budget=budget,
         seed=config.seed,
         folder=folder,
-        rollouts=_rollouts(config, policy, objective, data, models, budget),
+        rollouts=_rollouts(config, policy, objective, data, models, budget, folder),
         world=world,
         in_parts=config.model.sharded and world.size > 1,
         stop_check=stop_check,
@@ -303,7 +309,13 @@ def _is_mended_reward(config: RunConfig, folder: RunFolder, changed: Sequence[st
 
 
 def _rollouts(
-    config: RunConfig, policy: Policy, objective: Objective, data: RunData, models: AuxiliaryModels, budget: int
+    config: RunConfig,
+    policy: Policy,
+    objective: Objective,
+    data: RunData,
+    models: AuxiliaryModels,
+    budget: int,
+    folder: RunFolder,
 ) -> RolloutSource | None:
     """The source of generated answers and their rewards; None for an objective that learns from data alone."""
     if objective.rollout is None:
@@ -315,7 +327,8 @@ def _rollouts(
         train = reward_function(source, chat, prompts, budget)
         validation = reward_function(validation_source(source), chat, held_out, budget)
     return RolloutSource(
-        policy, objective, objective.rollout, chat.generation_stop_ids, train, validation, config.seed, budget
+        *(policy, objective, objective.rollout, chat.generation_stop_ids, train, validation, config.seed, budget),
+        sampler=rollout_sampler(config, policy, folder),
     )
 
 

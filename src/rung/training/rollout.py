@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from rung.config.objective import RolloutConfig
-from rung.models.document_values import values_by_document
+from rung.console import print_status
+from rung.models.document_values import token_values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling, generate_by_task
 from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import compare_logprobs
 from rung.training.run_folder import Gate
-from rung.types import ON_POLICY, Example, PackedBatch, Rollout
+from rung.training.server_sampler import DrawnAnswers, ServerSampler, check_sampler, rounds_otherwise
+from rung.types import ON_POLICY, SAMPLER_LOGRATIO, Example, PackedBatch, Rollout
 
 BatchValues = Callable[[PackedBatch], Tensor]
 """A number for each prediction of a batch."""
@@ -46,10 +48,12 @@ class RolloutSource:
     validation: RewardFunction | None
     seed: int
     budget: int
+    sampler: ServerSampler | None = None
+    """Draws the answers on a server; None: this process does."""
     documents: list[Example] = field(default_factory=list)
     """Documents of the current rollout, with the columns that the objective reads."""
     gate: Gate | None = None
-    """Result of `_check_decoder` on the first rollout, until the trainer has recorded it."""
+    """Result of the check of a rollout, until the trainer has recorded it: of the first one, or one that failed."""
     is_decoder_checked: bool = False
 
     @contextmanager
@@ -112,18 +116,37 @@ class RolloutSource:
         raw_rewards = [0.0] * len(documents) if self.train is None else self.train(documents, answers)
         rewards = [float(reward) - penalty for reward, penalty in zip(raw_rewards, penalties, strict=True)]
         reward_seconds = time.perf_counter() - start - generation_seconds
+        drawn = self._drawn_by_server(documents, answers)
         # once per process: the check reads every answer a second time
-        if self.train is not None and not self.is_decoder_checked:
+        if self.train is not None and drawn is None and not self.is_decoder_checked:
             self.gate, self.is_decoder_checked = self._check_decoder(documents, answers), True
-        stopped = [answer.stopped for answer in answers]
-        rollout = Rollout(documents, rewards, stopped, lambda value: self._values_by_document(documents, value))
+        stopped, known = [answer.stopped for answer in answers], None if drawn is None else drawn.policy_logprobs
+        rollout = Rollout(documents, rewards, stopped, lambda value: self._values_by_document(documents, value), known)
         columns = self.objective.rollout_columns(self.policy, rollout)
+        if drawn is not None:
+            both = zip(columns, drawn.logratios, strict=True)
+            columns = [{**values, SAMPLER_LOGRATIO: logratio} for values, logratio in both]
         self.policy.model.train()
         self.documents = [replace(d, columns=values) for d, values in zip(documents, columns, strict=True)]
         if self.train is None:
             self.documents = [_mark_on_policy(document, 1.0) for document in documents]
             self.documents += [_mark_on_policy(prompt, 0.0) for prompt in compress(prompts, ~on_policy_mask)]
         return {"rollout_seconds": round(generation_seconds, 4), "judge_seconds": round(reward_seconds, 4)}
+
+    def _drawn_by_server(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> DrawnAnswers | None:
+        """Log-probabilities of answers that a server drew, compared at every rollout; None without a server."""
+        if self.sampler is None:
+            return None
+        policy_logprobs = self._values_by_document(documents, self.policy.logprobs)
+        drawn = DrawnAnswers(documents, policy_logprobs, [np.array(answer.logprobs) for answer in answers])
+        dtype = "bfloat16" if self.config.server is None else self.config.server.dtype
+        gate = check_sampler(self.policy, drawn, dtype, self._values_by_document)
+        if gate.state == "failed" or not self.is_decoder_checked:
+            self.gate = gate
+        if not self.is_decoder_checked and gate.state == "passed" and rounds_otherwise(self.policy, drawn):
+            print_status("the server rounds otherwise than this process: importance weights correct the loss for it")
+        self.is_decoder_checked = True
+        return drawn
 
     def _check_decoder(self, documents: Sequence[Example], answers: Sequence[GeneratedAnswer]) -> Gate:
         """Gate: the decoder's log-probabilities of its samples equal those that the loss computes."""
@@ -148,7 +171,10 @@ class RolloutSource:
             return [], []
         ids, tasks = [p.ids.tolist() for p in prompts], [p.task for p in prompts]
         policy, stop_ids, batch_size = self.policy, self.stop_ids, self.config.batch
-        answers = generate_by_task(policy, ids, tasks, stop_ids=stop_ids, sampling=sampling, batch_size=batch_size)
+        if self.sampler is not None:
+            answers = self.sampler.answer(ids, stop_ids, sampling)
+        else:
+            answers = generate_by_task(policy, ids, tasks, stop_ids=stop_ids, sampling=sampling, batch_size=batch_size)
         documents = [self._document(prompts[i // sampling.answers_per_prompt], a) for i, a in enumerate(answers)]
         return documents, answers
 
@@ -159,14 +185,8 @@ class RolloutSource:
 
     def _values_by_document(self, documents: Sequence[Example], value: BatchValues) -> list[np.ndarray]:
         """Values [predictions] of each document, computed in packed batches without gradient."""
-
-        def split_by_document(batch: PackedBatch) -> list[np.ndarray]:
-            # entries of the loss index are grouped by owner in the order of predictions
-            values, owner = value(batch).cpu(), batch.loss.owner.cpu()
-            return [values[owner == i].numpy() for i in range(len(batch.documents))]
-
         policies = [self.policy, *self.objective.partner_policies()]
-        return values_by_document(policies, documents, self.budget, split_by_document)
+        return token_values_by_document(policies, documents, self.budget, value)
 
 
 def _prompt_ids(document: Example) -> Example:

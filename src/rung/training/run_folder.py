@@ -41,7 +41,7 @@ State = Literal["passed", "failed", "not_reached"]
 NOT_FINITE_FILE = "not_finite.jsonl"
 """Documents of the step that ended a run because its loss or gradient was not finite."""
 OUTPUT_NAMES = (
-    *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html"),
+    *("run.json", "log.jsonl", "checkpoints", "start", "adapter", "model", "rungs", "report.html", "sampler"),
     *("items.parquet", "result.json", "eval.parquet", NOT_FINITE_FILE, "search", "curve"),
 )
 """Names that a run or climb writes into its folder. `--overwrite` removes these and nothing else."""
