@@ -27,7 +27,6 @@ from starlette.routing import Route
 from rung.data.chat import ChatTemplate
 from rung.errors import RungError
 from rung.models.slot_batch import DrawnToken
-from rung.serving.access import AccessControl
 from rung.serving.answers import AnswerText
 from rung.serving.catalog import ServedModel
 from rung.serving.engine import Chunk, Engine, Job, QueueFullError, StoppedError
@@ -46,6 +45,7 @@ from rung.serving.protocol import (
 from rung.serving.protocol import Response as Reply
 from rung.serving.scoring import prompt_logprobs, scored_documents, scores
 from rung.types import Message
+from rung.web.access import AccessControl, AccessError
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 RETRY_AFTER_SECONDS = 1
@@ -67,10 +67,12 @@ def make_app(engine: Engine, key: str | None = None) -> Starlette:
     ]
     errors: Mapping[Any, Callable[..., Any]] = {
         RequestError: _request_error,
+        AccessError: _access_error,
         HTTPException: _http_error,
         Exception: _other_error,
     }
-    return Starlette(routes=routes, exception_handlers=errors, middleware=[Middleware(AccessControl, key=key)])
+    access = Middleware(AccessControl, refuse=_refused, key=key)
+    return Starlette(routes=routes, exception_handlers=errors, middleware=[access])
 
 
 class Handlers:
@@ -436,6 +438,15 @@ async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)  # noqa: S101 -- registered for this class
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 429 else None
     return JSONResponse(error.body(), error.status, headers)
+
+
+def _refused(error: AccessError) -> Response:
+    return JSONResponse(RequestError(error.message, status=error.status, code=error.code).body(), error.status)
+
+
+async def _access_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AccessError)  # noqa: S101 -- registered for this class
+    return _refused(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -42,10 +42,10 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
         import uvicorn
     except ImportError as error:
         raise PlanError("serving needs a web server", given="serve", hint="pip install 'rung[serve]'") from error
-    from rung.serving.access import is_loopback
     from rung.serving.app import make_app
     from rung.serving.catalog import open_models
     from rung.serving.engine import Engine
+    from rung.web.access import is_loopback
 
     key = request.key or os.environ.get(KEY_VARIABLE)
     if key is None and not is_loopback(request.host):

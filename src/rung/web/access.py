@@ -8,17 +8,17 @@ Sizes are bounded before anything is parsed.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from rung.serving.protocol import RequestError
 
 MAX_BODY_BYTES = 4 * 2**20
 """A prompt of a million tokens as ids."""
+TOO_LARGE = f"a request has at most {MAX_BODY_BYTES // 2**20} MiB"
 
 
 def is_loopback(host: str) -> bool:
@@ -31,11 +31,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class AccessControl:
-    """ASGI middleware: refuses requests that may not ask, and bodies that are too large."""
+class AccessError(Exception):
+    """A request that may not be answered."""
 
-    def __init__(self, app: ASGIApp, key: str | None = None) -> None:
-        self.app, self.key = app, key
+    def __init__(self, message: str, status: int, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code = message, status, code
+
+
+class AccessControl:
+    """ASGI middleware: refuses requests that may not ask, and bodies that are too large.
+
+    `refuse` makes the response to an error. A body that turns out too large while it is read raises `AccessError` in
+    the application.
+    """
+
+    def __init__(self, app: ASGIApp, refuse: Callable[[AccessError], Response], key: str | None = None) -> None:
+        self.app, self.refuse, self.key = app, refuse, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer that it may not ask."""
@@ -44,23 +56,23 @@ class AccessControl:
             return
         headers = Headers(scope=scope)
         if (error := self._refusal(scope["path"], headers)) is not None:
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            await self.refuse(error)(scope, receive, send)
             return
         await self.app(scope, _bounded(receive), send)
 
-    def _refusal(self, path: str, headers: Headers) -> RequestError | None:
+    def _refusal(self, path: str, headers: Headers) -> AccessError | None:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-            return RequestError(f"a request has at most {MAX_BODY_BYTES // 2**20} MiB", status=413)
+            return AccessError(TOO_LARGE, 413)
         if self.key is None:
             if not is_loopback(_host(headers.get("host", ""))):
-                return RequestError("without a key this server answers this machine alone", status=403)
+                return AccessError("without a key this server answers this machine alone", 403)
             if (origin := headers.get("origin")) is not None and not is_loopback(urlsplit(origin).hostname or ""):
-                return RequestError("without a key this server answers no pages of other hosts", status=403)
+                return AccessError("without a key this server answers no pages of other hosts", 403)
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if path != "/health" and not hmac.compare_digest(given.encode(), self.key.encode()):
-            return RequestError("this key is wrong, or there is none", status=401, code="invalid_api_key")
+            return AccessError("this key is wrong, or there is none", 401, "invalid_api_key")
         return None
 
 
@@ -80,7 +92,7 @@ def _bounded(receive: Receive) -> Receive:
         message = await receive()
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
-            raise RequestError(f"a request has at most {MAX_BODY_BYTES // 2**20} MiB", status=413)
+            raise AccessError(TOO_LARGE, 413)
         return message
 
     return bounded
