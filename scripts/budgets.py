@@ -19,6 +19,7 @@ BASES = {
     "JudgeConfig",
     "ModelServerConfig",
     "TeacherConfig",
+    "GenerationRequest",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
     *("float", "str"),

@@ -230,6 +230,27 @@ def chat(
 
 
 @app.command()
+def serve(
+    targets: Annotated[list[str], typer.Argument(help="Run folders or bases, chosen by `model`.", metavar="RUN...")],
+    host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine it needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Key that clients must send; better in RUNG_SERVE_KEY, which no process list shows."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 16,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 128,
+    prefix_cache: Annotated[int, typer.Option(min=0, help="MB for beginnings of earlier prompts.")] = 256,
+) -> None:
+    """Serve runs and bases behind OpenAI's API, until it is stopped."""
+    from rung.serving.run import ServeRequest
+    from rung.serving.run import serve as serve_models
+
+    limits = {"max_rows": rows, "max_waiting": waiting, "beginnings_bytes": prefix_cache * 2**20}
+    serve_models(targets, ServeRequest(host, port, key, **limits))
+
+
+@app.command()
 def generate(  # noqa: PLR0913 -- options of a command line, each named where it is given
     target: Annotated[str, typer.Argument(help="Run folder, base model, or URL of a server.", metavar="RUN")],
     data: Annotated[str, typer.Option(help="Data file with the prompts, or a config that says how it is read.")],

@@ -287,6 +287,13 @@ class Policy:
         with self.autocast():
             return token_logprobs(hidden[batch.loss.source], self.head, batch.loss.target, self.logit_map)
 
+    @torch.no_grad()
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states, float32 or wider; of a few rows at a time, they are large."""
+        with self.autocast():
+            logits_NV = self.head(hidden_NH)
+        return self.logit_map.apply_(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)))
+
     def reference_logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities [N] under the reference, without gradient: the base, unless `reference` is set."""
         if self.reference is not None:

@@ -1,0 +1,208 @@
+"""The one thread that computes: requests join the batch of their model, and every step gives each of them a token.
+
+Requests wait in a queue of bounded length, since a client that waits for minutes has given up; a full queue refuses.
+Models take turns, a step each. A client that leaves frees its rows at the next step. Results go to callbacks, which the
+engine calls in its own thread: they must not block. `serving/app.py` submits requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rung.console import print_status
+from rung.models.slot_batch import DrawnToken, RowSampling, SlotBatch, SlotRow
+from rung.serving.answers import AnswerText
+from rung.serving.catalog import ServedModel
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may wait."""
+
+
+class StoppedError(Exception):
+    """The server is shutting down."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What an answer of a request has grown by; `error` ends the request."""
+
+    index: int
+    text: str = ""
+    drawn: DrawnToken | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request: answers to one prompt, something to compute before them, or that alone."""
+
+    model: str
+    prompt: Sequence[int]
+    samplings: Sequence[RowSampling]
+    answers: Sequence[AnswerText]
+    on_chunk: Callable[[Chunk], None]
+    compute: Callable[[], None] | None = None
+    """Called in the engine's thread before the answers begin, for what needs the model."""
+    submitted: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+
+@dataclass
+class Counters:
+    """What the server has done, for /metrics."""
+
+    requests: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    answers: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    wait_seconds: float = 0.0
+    """Time of all requests in the queue."""
+
+
+class Engine:
+    """Runs the models of a server in one thread of its own."""
+
+    def __init__(
+        self, models: Mapping[str, ServedModel], *, max_rows: int, max_waiting: int, beginnings_bytes: int
+    ) -> None:
+        self.models, self.max_rows, self.max_waiting = models, max_rows, max_waiting
+        self.batches = {
+            name: SlotBatch(m.model.policy, beginnings_bytes=beginnings_bytes // len(models))
+            for name, m in models.items()
+        }
+        self.counters = Counters()
+        self.waiting: deque[Job] = deque()
+        self._running: dict[SlotRow, tuple[Job, int]] = {}
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what was submitted, then end; new requests are refused."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def active_rows(self) -> int:
+        """Answers that are being generated."""
+        return len(self._running)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread computes."""
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Raises `QueueFullError` or `StoppedError`."""
+        with self._wake:
+            if self._is_stopping:
+                raise StoppedError
+            if len(self.waiting) >= self.max_waiting:
+                self.counters.refused += 1
+                raise QueueFullError
+            self.counters.requests += 1
+            self.waiting.append(job)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Drop a request whose client has left; of one that has ended nothing changes."""
+        with self._wake:
+            job.is_cancelled = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self.waiting or self._running or self._is_stopping):
+                    self._wake.wait()
+                if self._is_stopping and not (self.waiting or self._running):
+                    return
+            self._drop_cancelled()
+            self._admit()
+            for name, batch in self.batches.items():
+                if batch.rows:
+                    self._step(name, batch)
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            gone = [job for job in self.waiting if job.is_cancelled]
+            for job in gone:
+                self.waiting.remove(job)
+        rows = [row for row, (job, _) in self._running.items() if job.is_cancelled]
+        for row in rows:
+            job, _ = self._running.pop(row)
+            self.batches[job.model].leave(row)
+            if not any(other is job for other, _ in self._running.values()):
+                gone.append(job)
+        self.counters.cancelled += len(gone)
+
+    def _admit(self) -> None:
+        """Let requests join in their order while there are rows; one with more answers than rows joins alone."""
+        while True:
+            with self._wake:
+                if not self.waiting:
+                    return
+                job = self.waiting[0]
+                if self._running and len(self._running) + len(job.samplings) > self.max_rows:
+                    return
+                self.waiting.popleft()
+            self.counters.wait_seconds += time.monotonic() - job.submitted
+            self.counters.prompt_tokens += len(job.prompt)
+            try:
+                self._join(job)
+            except Exception as error:  # one request must not end the others
+                self._fail(job, error)
+
+    def _join(self, job: Job) -> None:
+        if job.compute is not None:
+            job.compute()
+        if not job.samplings:
+            job.on_chunk(Chunk(0))
+            return
+        for index, row in enumerate(self.batches[job.model].join(job.prompt, job.samplings)):
+            self._running[row] = job, index
+
+    def _step(self, name: str, batch: SlotBatch) -> None:
+        try:
+            drawn = batch.step()
+        except Exception as error:
+            failed = [(row, job) for row, (job, _) in self._running.items() if job.model == name]
+            for row, job in failed:
+                del self._running[row]
+                batch.leave(row)
+                self._fail(job, error)
+            return
+        for row, token in drawn:
+            job, index = self._running[row]
+            answer = job.answers[index]
+            text = answer.add(token)
+            self.counters.generated_tokens += 1
+            if answer.finish_reason is not None:
+                batch.leave(row)
+                del self._running[row]
+                self.counters.answers += 1
+            job.on_chunk(Chunk(index, text, token))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        # the message may hold the prompt: the log gets the kind of the error alone
+        print_status(f"a request failed: {type(error).__name__}")
+        job.is_cancelled = True
+        job.on_chunk(Chunk(0, error=f"the model failed: {type(error).__name__}"))

@@ -1,0 +1,266 @@
+"""Requests and responses of OpenAI's API.
+
+A field that Rung does not have is refused unless it has the value that changes nothing: a client must not believe that
+a penalty or a schema was followed. Errors have OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rung.data.chat import ChatTemplate
+from rung.models.slot_batch import DrawnToken, RowSampling
+from rung.serving.answers import AnswerText
+from rung.types import Message
+
+MAX_ANSWERS, MAX_TOP_LOGPROBS, MAX_STOPS = 64, 20, 16
+DEFAULT_MAX_TOKENS = 256
+"""Tokens of an answer where the request says nothing, as in `rung generate`."""
+
+
+class RequestError(Exception):
+    """A request that cannot be answered."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The response."""
+        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **{name: (0, 0.0) for name in ("frequency_penalty", "presence_penalty", "min_p", "min_tokens")},
+    **{"logit_bias": ({},), "top_k": (-1, 0), "repetition_penalty": (1, 1.0), "best_of": (1,), "suffix": ("",)},
+    **{
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "ignore_eos": (False,),
+        "tool_choice": ("auto",),
+    },
+    **{"parallel_tool_calls": (True,), "skip_special_tokens": (True,)},
+}
+"""Fields of other servers with the values that change nothing."""
+IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Fields that say nothing about the answer."""
+
+Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=MAX_STOPS)]
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of completion have."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    n: int = Field(default=1, ge=1, le=MAX_ANSWERS)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Stops | None = None
+    temperature: float | int | None = Field(default=None, ge=0, le=100)
+    top_p: float | int | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("stop"), str):
+            data = {**data, "stop": [data["stop"]]}
+        return data
+
+    def refuse_unknown(self) -> None:
+        """Raise `RequestError` for a field that would not be followed."""
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED or value is None or (name in NEUTRAL and value in NEUTRAL[name]):
+                continue
+            raise RequestError(f"this server does not have `{name}`: leave it out", param=name)
+        options = self.stream_options or {}
+        if unknown := set(options) - {"include_usage"}:
+            raise RequestError(f"this server does not have `stream_options.{unknown.pop()}`", param="stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    def samplings(self, max_new_tokens: int, top_logprobs: int) -> list[RowSampling]:
+        """One for each answer; without a seed each request draws another one."""
+        temperature = 1.0 if self.temperature is None else float(self.temperature)
+        seed = uuid.uuid4().int if self.seed is None else self.seed
+        top_p = 1.0 if self.top_p is None else float(self.top_p)
+        return [
+            RowSampling(max_new_tokens, temperature, top_p, (seed + i) % 2**63, top_logprobs) for i in range(self.n)
+        ]
+
+
+class ChatMessage(BaseModel):
+    """A turn."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def turn(self) -> Message:
+        """The turn as templates get it. Raises `RequestError` for parts that are no text."""
+        role: Any = "system" if self.role == "developer" else self.role
+        calls = json.dumps(self.tool_calls) if self.tool_calls else None
+        return Message(role, self._text(), tool_calls=calls, name=self.name, tool_call_id=self.tool_call_id)
+
+    def _text(self) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
+        for part in self.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError("this server reads text alone", param="messages")
+        return "".join(part["text"] for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=2000)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit of an answer, if the request has one."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, texts or ids. Raises `RequestError` for none or too many."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        if not prompt or len(prompt) > MAX_ANSWERS:
+            raise RequestError(f"1 to {MAX_ANSWERS} prompts a request", param="prompt")
+        return list(prompt)
+
+
+class ScoreRequest(BaseModel):
+    """POST /v1/score, as vLLM has it: answers to a question, scored by a reward model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    text_1: str
+    """The question."""
+    text_2: str | list[str]
+    """Answers."""
+
+    def answers(self) -> list[str]:
+        """The answers. Raises `RequestError` for none or too many."""
+        answers = [self.text_2] if isinstance(self.text_2, str) else self.text_2
+        if not 1 <= len(answers) <= MAX_ANSWERS:
+            raise RequestError(f"1 to {MAX_ANSWERS} answers a request", param="text_2")
+        return answers
+
+
+class Response:
+    """The parts that every response of one request has."""
+
+    def __init__(self, kind: Literal["chat.completion", "text_completion"], model: str) -> None:
+        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]) -> dict[str, Any]:
+        """A response that is sent at once."""
+        return {**self.head, "choices": list(choices), "usage": dict(usage)}
+
+    def chunk(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """A part of a stream."""
+        kind = "chat.completion.chunk" if self.head["object"] == "chat.completion" else "text_completion"
+        return {**self.head, "object": kind, "choices": list(choices), **({"usage": dict(usage)} if usage else {})}
+
+
+def usage(prompt_tokens: int, answer_tokens: int) -> dict[str, int]:
+    """Numbers of tokens."""
+    total = prompt_tokens + answer_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": answer_tokens, "total_tokens": total}
+
+
+def token_text(chat: ChatTemplate, token: int) -> str:
+    """A token by itself as text."""
+    return chat.decode([[token]], mid_document=True)[0]
+
+
+def chat_logprobs(chat: ChatTemplate, tokens: Sequence[DrawnToken]) -> dict[str, Any]:
+    """The `logprobs` of a chat completion."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = token_text(chat, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [{**entry(t.token, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]} for t in tokens],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(
+    chat: ChatTemplate, tokens: Sequence[DrawnToken | None], first_token: int | None, start: int = 0
+) -> dict[str, Any]:
+    """The `logprobs` of a completion. `first_token` is that of an echoed prompt, which nothing predicts."""
+    found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    place = start
+    for t in tokens:
+        text = token_text(chat, t.token if t is not None else int(first_token or 0))
+        found["tokens"].append(text)
+        found["token_logprobs"].append(None if t is None else t.logprob)
+        # several tokens may have one text, such as halves of characters: the most probable one keeps it
+        tops = None if t is None else {token_text(chat, token): logprob for token, logprob in reversed(t.top)}
+        found["top_logprobs"].append(tops)
+        found["text_offset"].append(place)
+        place += len(text)
+    return found
+
+
+def chat_choice(chat: ChatTemplate, index: int, answer: AnswerText, *, logprobs: bool, tools: bool) -> dict[str, Any]:
+    """An answer of a chat completion; calls of tools are read in the form of the template."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text.strip()}
+    finish_reason: str | None = answer.finish_reason
+    if tools and chat.reads_tool_calls and (calls := chat.canonical_calls(answer.text)):
+        parsed = [
+            {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": _function(call)}
+            for call in json.loads(calls)
+        ]
+        message, finish_reason = {"role": "assistant", "content": None, "tool_calls": parsed}, "tool_calls"
+    choice = {"index": index, "message": message, "finish_reason": finish_reason}
+    return {**choice, "logprobs": chat_logprobs(chat, answer.tokens) if logprobs else None}
+
+
+def _function(call: Mapping[str, Any]) -> dict[str, str]:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    return {
+        "name": function.get("name", ""),
+        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
+    }

@@ -1,0 +1,495 @@
+"""`rung serve` as clients see it: the openai package, `rung generate`, and requests that are none."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import example
+from processes import inside, start
+from rung.cli import _exit_code
+from rung.data.tokenize import tokenize_records
+from rung.models.packing import pack_separately
+from rung.runs.load import open_reward_model, open_target
+from rung.serving.app import make_app
+from rung.serving.catalog import open_models
+from rung.serving.engine import Engine
+from rung.types import Message, Record, Source
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@contextmanager
+def served(*targets: object, key: str | None = None, **limits: int) -> Iterator[tuple[int, Engine]]:
+    """A server on a free port in a thread of this process."""
+    options = {"max_rows": 8, "max_waiting": 64, "beginnings_bytes": 2**24, **limits}
+    engine = Engine(open_models([str(target) for target in targets]), **options)
+    engine.start()
+    config = uvicorn.Config(make_app(engine, key), port=0, log_level="error", access_log=False, http="h11", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield port, engine
+    for place in [place for place in CLIENTS if place[0] == port]:
+        CLIENTS.pop(place).close()
+    server.should_exit = True
+    thread.join()
+    engine.stop()
+    assert not engine.active_rows and not engine.waiting
+
+
+CLIENTS: dict[tuple[int, str], openai.OpenAI] = {}
+
+
+def client(port: int, key: str = "none") -> openai.OpenAI:
+    if (port, key) not in CLIENTS:
+        url = f"http://127.0.0.1:{port}/v1"
+        CLIENTS[port, key] = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
+    return CLIENTS[port, key]
+
+
+def post(port: int, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("POST", path, body, {"content-type": "application/json", **headers})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, questions: Path) -> Path:
+    """A finished run that computes in float32, whatever the machine would choose."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "run.yaml").write_text(
+        f"model: {{name: {tiny_base}, dtype: float32, matmul: onednn}}\n"
+        f"data: {{path: {questions}, test: 0.25}}\n"
+        "method: {kind: lora, rank: 4}\ntraining: {examples_per_step: 8, max_steps: 2}\n"
+        f"evaluation: {{metrics: [exact]}}\noutput: {folder / 'tiny'}\n"
+    )
+    assert _exit_code(["train", str(folder / "run.yaml")]) == 0
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def base(run: Path) -> Iterator[tuple[int, Engine, Path]]:
+    """Port, engine and target of a server."""
+    with served(run) as (port, engine):
+        yield port, engine, run
+
+
+def test_answers_are_those_of_the_model(base: tuple[int, Engine, Path]) -> None:
+    port, _, target = base
+    name = target.name
+    expected = open_target(target).answer("What is the capital of France?", max_new_tokens=24)
+    options: Any = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
+    whole = client(port).chat.completions.create(**options)
+    assert whole.choices[0].message.content == expected and whole.model == name
+    assert whole.usage is not None and whole.usage.completion_tokens == 24
+    assert whole.choices[0].finish_reason == "length"
+    parts = list(client(port).chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text.strip() == expected and len(parts) > 3 and parts[-1].usage.total_tokens > 24
+    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == "length"
+
+
+def test_samples_seeds_stops_and_logprobs(base: tuple[int, Engine, Path]) -> None:
+    port, _, target = base
+    name = target.name
+    options: Any = {"model": name, "messages": MESSAGES, "max_tokens": 12, "n": 4, "seed": 7}
+    first, again = (client(port).chat.completions.create(**options, logprobs=True, top_logprobs=3) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) > 1
+    tokens = first.choices[0].logprobs.content
+    assert len(tokens) == 12 and all(t.logprob <= t.top_logprobs[0].logprob for t in tokens)
+    assert "".join(t.token for t in tokens).strip() == texts[0]
+    greedy = client(port).chat.completions.create(**{**options, "temperature": 0, "n": 1, "max_tokens": 40})
+    text = greedy.choices[0].message.content
+    stop = text[10:13]
+    cut = client(port).chat.completions.create(**{**options, "temperature": 0, "n": 1, "max_tokens": 40, "stop": stop})
+    assert cut.choices[0].message.content == text[: text.index(stop)].strip()
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_completions_echo_and_score_as_the_model_does(base: tuple[int, Engine, Path]) -> None:
+    """What lm-evaluation-harness asks: the log-probabilities of a text, and whether it is the greedy one."""
+    port, _, target = base
+    name = target.name
+    model = open_target(target)
+    prompt = "The capital of France is Paris.\n"
+    reply = client(port).completions.create(model=name, prompt=prompt, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = reply.choices
+    ids = model.chat.encode([prompt])[0]
+    (batch,) = pack_separately([example(ids, 1)])
+    with torch.no_grad():
+        expected = model.policy.logprobs(batch).tolist()
+        logits = model.policy.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    assert choice.text == prompt and choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[1:] == expected
+    assert "".join(choice.logprobs.tokens) == prompt
+    best = [max(top.values()) for top in choice.logprobs.top_logprobs[1:]]
+    assert best == pytest.approx([float(row.max()) for row in logits[:-1]], abs=1e-4)
+    assert np.all(np.diff(choice.logprobs.text_offset) >= 0)
+    by_ids = client(port).completions.create(model=name, prompt=ids, max_tokens=0, echo=True, logprobs=2)
+    assert by_ids.choices[0].logprobs.token_logprobs == choice.logprobs.token_logprobs
+    two = client(port).completions.create(model=name, prompt=[prompt, "apples"], max_tokens=3, temperature=0)
+    assert [c.index for c in two.choices] == [0, 1] and two.usage.completion_tokens == 6
+
+
+def test_generate_is_the_same_alone_and_beside_others(
+    base: tuple[int, Engine, Path], tmp_path: Path, capsys: Any
+) -> None:
+    """`rung generate http://...` at temperature 0 writes what `rung generate BASE` writes, byte for byte."""
+    port, engine, target = base
+    name = target.name
+    rows = [{"prompt": f"what is in box {i}?"} for i in range(9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--data", tmp_path / "prompts.jsonl", "--n", 1, "--temperature", 0, "--max-new-tokens", 16)
+    common = (*common, "--format", "prompt_only")
+    code, _, err = inside(capsys, "generate", target, *common, "-o", tmp_path / "here.jsonl")
+    assert code == 0, err
+    url = f"http://127.0.0.1:{port}/v1"
+    remote = ("generate", url, "--model", name, *common)
+    assert inside(capsys, *remote, "-o", tmp_path / "alone.jsonl")[0] == 0
+
+    def keep_busy(seed: int) -> None:
+        options: Any = {"model": name, "messages": MESSAGES, "seed": seed, "max_tokens": 60}
+        client(port).chat.completions.create(**options)
+
+    with ThreadPoolExecutor(31) as pool:
+        others = [pool.submit(keep_busy, seed) for seed in range(31)]
+        code, _, err = inside(capsys, *remote, "--concurrency", 1, "-o", tmp_path / "beside.jsonl")
+        assert code == 0, err
+        for other in others:
+            other.result()
+    texts = [
+        [json.loads(line)["answers"] for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
+        for file in ("here", "alone", "beside")
+    ]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 9
+    assert engine.counters.answers >= 49
+
+
+def test_several_runs_on_one_base(config: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """Adapters share the weights of their base; `model` chooses, a soft prompt too."""
+    methods = {"low-rank": "{kind: lora, rank: 4}", "soft": "{kind: prompt, virtual_tokens: 3}"}
+    for name, method in methods.items():
+        settings = (f"method={method}", f"output={tmp_path / name}")
+        assert inside(capsys, "train", config, *settings)[0] == 0
+    targets = [tmp_path / name for name in methods]
+    expected = {path.name: open_target(path).answer("what is in it, 3?", max_new_tokens=8) for path in targets}
+    with served(*targets, tiny_base) as (port, engine):
+        low_rank, soft, bare = (served_model.model.policy for served_model in engine.models.values())
+        first = [next(iter(p.model.get_input_embeddings().parameters())).data_ptr() for p in (low_rank, soft)]
+        assert first[0] == first[1] and bare is not low_rank
+        listed = [model.id for model in client(port).models.list().data]
+        assert listed == ["low-rank", "soft", str(tiny_base)]
+        for name, text in expected.items():
+            messages: Any = [{"role": "user", "content": "what is in it, 3?"}]
+            reply = client(port).chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=8)
+            assert reply.choices[0].message.content == text
+        with pytest.raises(openai.NotFoundError, match="no such model"):
+            client(port).chat.completions.create(model="other", messages=messages)
+    assert expected["low-rank"] != expected["soft"]
+
+
+def test_a_reward_model_scores(compared: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """The differences are those that `rung eval` ranks by: of the same documents as in training."""
+    code, _, err = inside(capsys, "train", compared, "objective={kind: reward}", f"output={tmp_path / 'judge'}")
+    assert code == 0, err
+    policy, chat, objective, _ = open_reward_model(tmp_path / "judge")
+    texts = ["apples", "stones", "apples"]
+    record = Record((Message("user", "what is in box 3?"), Message("assistant", "apples")), Source("x", 1))
+    (document,) = tokenize_records(chat, [record], max_length=400, overflow="error").examples
+    with torch.no_grad():
+        (expected,) = objective.scores(policy, pack_separately([document])[0]).tolist()
+    with served(tmp_path / "judge", tiny_base) as (port, _):
+        body = {"model": "judge", "text_1": "what is in box 3?", "text_2": texts}
+        code, answer = post(port, "/v1/score", json.dumps(body).encode())
+        found = [row["score"] for row in answer["data"]]
+        assert code == 200 and found[0] == pytest.approx(expected, abs=1e-5)
+        assert found[2] == pytest.approx(found[0], abs=1e-5) and abs(found[1] - found[0]) > 1e-4
+        for wrong, said in (
+            ({**body, "model": str(tiny_base)}, "a reward model gives scores"),
+            ({**body, "text_2": []}, "1 to 64"),
+            ({**body, "text_2": "x " * 3000}, "cannot be scored"),
+            ({**body, "other": 1}, "other"),
+        ):
+            code, answer = post(port, "/v1/score", json.dumps(wrong).encode())
+            assert code == 400 and said in answer["error"]["message"], answer
+        with pytest.raises(openai.BadRequestError, match="writes nothing"):
+            client(port).chat.completions.create(model="judge", messages=MESSAGES)  # type: ignore[arg-type]
+        with pytest.raises(openai.NotFoundError, match="no embeddings"):
+            client(port).embeddings.create(model="judge", input="x")
+
+
+WORDS = st.sampled_from(
+    ["model", "messages", "prompt", "n", "stop", "seed", "stream", "logprobs", "tools", "role", "x"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=8,
+)
+NO_REQUESTS = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(WORDS, JSON, max_size=5).map(
+        lambda extra: json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 1, **extra}).encode()
+    ),
+)
+
+
+def try_no_requests(base: tuple[int, Engine, Path], count: int) -> None:
+    port, engine, _ = base
+    paths = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/score"])
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(paths, NO_REQUESTS)
+    def ask(path: str, body: bytes) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        if response.status != 200:
+            assert 400 <= response.status < 500, (response.status, text)
+            assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+
+    ask()
+    deadline = time.monotonic() + 20
+    while (engine.active_rows or engine.waiting) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.is_alive and not engine.active_rows and not engine.waiting
+
+
+def test_two_hundred_requests_that_are_none(base: tuple[int, Engine, Path]) -> None:
+    """4xx in OpenAI's form, or an answer; never a 5xx, and no row is left behind."""
+    try_no_requests(base, 200)
+
+
+@pytest.mark.soak
+def test_two_thousand_requests_that_are_none(base: tuple[int, Engine, Path]) -> None:
+    try_no_requests(base, 2000)
+
+
+def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_base: Path) -> None:
+    with served(tiny_base, max_rows=1, max_waiting=1) as (port, engine):
+        options: Any = {"model": str(tiny_base), "messages": MESSAGES, "max_tokens": 400, "seed": 1}
+        stream = client(port).chat.completions.create(**options, stream=True)
+        next(iter(stream))
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(lambda: client(port).chat.completions.create(**{**options, "max_tokens": 2}))
+            while not engine.waiting:
+                time.sleep(0.002)
+            with pytest.raises(openai.RateLimitError, match="too many requests") as error:
+                client(port).chat.completions.create(**options)
+            assert error.value.response.headers["retry-after"] == "1"
+            stream.close()
+            assert waits.result().choices[0].finish_reason == "length"
+        assert engine.counters.cancelled == 1 and engine.counters.refused == 1
+        connection = socket.create_connection(("127.0.0.1", port))
+        body = json.dumps(options).encode()
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
+        connection.sendall(b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        while not engine.active_rows:
+            time.sleep(0.002)
+        connection.close()
+        deadline = time.monotonic() + 20
+        while engine.active_rows and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert engine.counters.cancelled == 2
+
+
+MALFORMED: list[tuple[bytes, int, str]] = [
+    (b"", 400, "not JSON"),
+    (b"{", 400, "not JSON"),
+    (b"[" * 100_000, 400, "not JSON"),
+    (b"[1]", 400, "no JSON object"),
+    (b'{"messages": []}', 400, "model"),
+    (b'{"model": "NAME", "messages": []}', 400, "messages"),
+    (b'{"model": "NAME", "messages": [{"role": "king", "content": "x"}]}', 400, "role"),
+    (b'{"model": "NAME", "messages": [{"role": "user", "content": 5}]}', 400, "content"),
+    (b'{"model": "NAME", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "text alone"),
+    (b'{"model": "NAME", "messages": [{"role": "assistant", "content": "x"}]}', 400, "an answer already"),
+    (b'{"model": 7, "messages": [{"role": "user", "content": "x"}]}', 400, "model"),
+    *(
+        (b'{"model": "NAME", "messages": [{"role": "user", "content": "x"}], %b}' % extra, 400, said)
+        for extra, said in (
+            (b'"n": 0', "n:"),
+            (b'"n": 1000000', "n:"),
+            (b'"n": "two"', "n:"),
+            (b'"temperature": -1', "temperature"),
+            (b'"temperature": NaN', "temperature"),
+            (b'"temperature": "hot"', "temperature"),
+            (b'"top_p": 0', "top_p"),
+            (b'"top_p": 2', "top_p"),
+            (b'"max_tokens": 0', "max_tokens"),
+            (b'"max_tokens": 100000', "do not fit"),
+            (b'"seed": 1e400', "seed"),
+            (b'"seed": 99999999999999999999999', "seed"),
+            (b'"stop": [""]', "stop"),
+            (b'"stop": 5', "stop"),
+            (b'"stop": ["a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a"]', "stop"),
+            (b'"logit_bias": {"5": 100}', "does not have `logit_bias`"),
+            (b'"frequency_penalty": 0.5', "does not have `frequency_penalty`"),
+            (b'"response_format": {"type": "json_object"}', "does not have `response_format`"),
+            (b'"best_wishes": true', "does not have `best_wishes`"),
+            (b'"stream": "yes"', "stream"),
+            (b'"stream_options": {"other": 1}', "stream_options"),
+            (b'"top_logprobs": 100', "top_logprobs"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "said"), MALFORMED)
+def test_malformed_requests(body: bytes, status: int, said: str, base: tuple[int, Engine, Path]) -> None:
+    port, engine, target = base
+    name = target.name
+    code, answer = post(port, "/v1/chat/completions", body.replace(b"NAME", name.encode()))
+    assert code == status and said in answer["error"]["message"], answer
+    assert answer["error"]["type"] == "invalid_request_error" and set(answer["error"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
+    assert not engine.active_rows and engine.is_alive
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "at least one token"),
+        ({"prompt": [99_999_999]}, "each below"),
+        ({"prompt": [-1]}, "each below"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": "x", "max_tokens": 0}, "needs echo"),
+        ({"prompt": "x", "echo": True, "stream": True}, "no echo"),
+        ({"prompt": ["x", "y"], "stream": True}, "one prompt"),
+        ({"prompt": "x " * 2000, "max_tokens": 5}, "do not fit"),
+        ({"prompt": "x", "logprobs": 50}, "logprobs"),
+        ({"prompt": "x", "suffix": "y"}, "does not have `suffix`"),
+    ],
+)
+def test_malformed_completions(body: dict[str, Any], said: str, base: tuple[int, Engine, Path]) -> None:
+    port, engine, target = base
+    name = target.name
+    code, answer = post(port, "/v1/completions", json.dumps({"model": name, **body}).encode())
+    assert code == 400 and said in answer["error"]["message"], answer
+    assert not engine.active_rows
+
+
+def test_other_paths_and_sizes(base: tuple[int, Engine, Path]) -> None:
+    port, _, target = base
+    name = target.name
+    assert post(port, "/v1/nowhere", b"{}")[0] == 404
+    assert post(port, "/v1/models", b"{}")[0] == 405
+    code, answer = post(port, "/v1/chat/completions", b"x" * (4 * 2**20 + 1))
+    assert code == 413 and "4 MiB" in answer["error"]["message"]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(80):
+            yield b"y" * 2**16
+
+    connection.request("POST", "/v1/completions", endless(), {"transfer-encoding": "chunked"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    assert "# TYPE rung_generated_tokens_total counter" in text and name not in text
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost", "origin": "https://evil.example"}, 403),
+        ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://localhost:3000"}, 200),
+        ({"host": "["}, 403),
+    ],
+)
+def test_without_a_key_only_this_machine_asks(
+    headers: dict[str, str], status: int, base: tuple[int, Engine, Path]
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", base[0], timeout=20)
+    connection.request("GET", "/v1/models", headers=headers)
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_with_a_key(tiny_base: Path) -> None:
+    with served(tiny_base, key="s3cret") as (port, _):
+        assert client(port, "s3cret").models.list().data
+        for wrong in ("other", "s3cret2", "é"):
+            code, answer = post(
+                port, "/v1/completions", b"{}", authorization=f"Bearer {wrong}".encode().decode("latin-1")
+            )
+            assert code == 401 and "s3cret" not in json.dumps(answer)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/v1/models", headers={"host": "my.host", "authorization": "Bearer s3cret"})
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_the_command(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    """From start to SIGTERM: what was begun is finished, and nothing of a prompt is in the log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = start("serve", tiny_base, "--port", port)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            client(port).models.list()
+            break
+        except openai.APIConnectionError:
+            time.sleep(0.05)
+    with ThreadPoolExecutor(1) as pool:
+        options: Any = {"model": str(tiny_base), "messages": [{"role": "user", "content": "SECRET words"}]}
+        answer = pool.submit(lambda: client(port).chat.completions.create(**options, max_tokens=300, temperature=0))
+        time.sleep(0.15)
+        os.kill(running.pid, signal.SIGTERM)
+        assert answer.result().choices[0].finish_reason in ("length", "stop")
+    _, err = running.communicate(timeout=30)
+    assert running.returncode in (0, -signal.SIGTERM), err
+    assert "serving" in err and "SECRET" not in err and "Traceback" not in err
+    code, _, err = inside(capsys, "serve", tiny_base, "--host", "0.0.0.0")  # noqa: S104
+    assert code == 2 and "only with a key" in err
+    code, _, err = inside(capsys, "serve", tmp_path / "nowhere")
+    assert code == 2
+    code, _, err = inside(capsys, "serve", tiny_base, tiny_base)
+    assert code == 2 and "one name" in err
