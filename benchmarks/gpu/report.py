@@ -112,7 +112,7 @@ def _remedies(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
         )
         for row in rows
     ]
-    return _table(("switched off", "tokens/s", "peak", "of all on"), cells)
+    return _table(("switched off", "tokens/s", "peak", "of everything on"), cells)
 
 
 def _peers(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
@@ -161,8 +161,8 @@ def _alignment(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
 
 
 def _decoding(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    rows = [(row["shape"], row["rows"], _speed(row)) for row in results["rows"]]
-    return _table(("shape", "answers at once", "new tokens/s"), rows)
+    rows = [(row["shape"], row["rows"], row.get("how", ""), _speed(row)) for row in results["rows"]]
+    return _table(("shape", "answers at once", "decoded with", "new tokens/s"), rows)
 
 
 def _profile(results: dict[str, Any], limits: dict[str, Any]) -> list[str]:

@@ -29,11 +29,14 @@ from benchmarks.gpu.workbench import (
     shape_of,
 )
 from rung.config.objective import GrpoConfig, PreferenceConfig
-from rung.models import logprobs, pointwise, tree_attention
+from rung.models import fused_ops, fused_rotary, logprobs, matmul, pointwise, tree_attention
+from rung.models import generate as generating
 from rung.models.fused_modules import original_forwards
+from rung.models.fused_rotary import original_rotary
 from rung.models.generate import Sampling, generate
 from rung.models.packing import pack
 from rung.models.policy import Policy
+from rung.models.static_decoding import StaticDecoder
 from rung.objectives.grpo import GrpoObjective
 from rung.objectives.preference import make_preference_objective
 from rung.planning.architecture import ModelShape
@@ -110,14 +113,19 @@ def _train(
     return {**found, "flops_per_token": flops_per_token(shape_of(name), length, learned)}
 
 
+_ATTENTION, _HEAD = (tree_attention, "has_varlen_kernel"), (logprobs, "has_logprob_kernel")
+_COMPILED, _ROTARY = (pointwise, "has_triton"), (fused_rotary, "on_card")
+_PRODUCTS = ((matmul, "on_card"), (fused_ops, "on_card"))
 REMEDIES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "all on": (),
-    "a launch a segment": ((tree_attention, "has_varlen_kernel"),),
-    "the head in tiles of 23 launches": ((logprobs, "has_logprob_kernel"),),
-    "elementwise functions as they are written": ((pointwise, "has_triton"),),
-    "all off": ((tree_attention, "has_varlen_kernel"), (logprobs, "has_logprob_kernel"), (pointwise, "has_triton")),
+    "nothing": (),
+    "attention in one call": (_ATTENTION,),
+    "one kernel between the head's products": (_HEAD,),
+    "compiled functions": (_COMPILED,),
+    "one function for rotary embeddings": (_ROTARY,),
+    "sums and scales as part of products": _PRODUCTS,
+    "all of them": (_ATTENTION, _HEAD, _COMPILED, _ROTARY, *_PRODUCTS),
 }
-"""What is switched off: names of functions that say whether a device has something."""
+"""What is switched off: functions that say whether a device has something, which say no."""
 
 
 def remedies(bench: Bench) -> dict[str, Any]:
@@ -151,7 +159,7 @@ def peers(bench: Bench) -> dict[str, Any]:
                 break
             row = {"shape": bench.shape(shape), "length": bench.tokens(2048), "step_tokens": bench.tokens(tokens)}
             row |= {"checkpointing": checkpointing, "liger": liger}
-            with _unchanged_llama():
+            with _unchanged_llama(), original_rotary():
                 rows.append(attempt(row, partial(_peer, bench, row)))
     return {"passed": True, "rows": rows}
 
@@ -301,9 +309,18 @@ def decoding(bench: Bench) -> dict[str, Any]:
     """New tokens per second of sampled answers to one prompt of a thousand tokens, without the time of the prompt."""
     name, rows = bench.shape("1B" if bench.quick else "8B"), []
     policy = random_policy(bench, name, None)
-    for count in (1, 32) if bench.quick or not bench.has_card else (1, 32, 256):
-        if not bench.out_of_time:
-            rows.append(attempt({"shape": name, "rows": count}, partial(_decode, bench, policy, name, count)))
+    counts = (1, 32) if bench.quick or not bench.has_card else (1, 32, 256)
+    # at 32 rows also without the graph, and with the buffers of processors
+    for how, count in (*(("graph", count) for count in counts), ("no graph", 32), ("growing buffers", 32)):
+        if bench.out_of_time:
+            break
+        with ExitStack() as stack:
+            if how == "no graph":
+                stack.enter_context(mock.patch.object(StaticDecoder, "_recorded", lambda decoder: decoder._step))
+            if how == "growing buffers":
+                stack.enter_context(mock.patch.object(generating, "decodes_statically", lambda device: False))
+            row = {"shape": name, "rows": count, "how": how}
+            rows.append(attempt(row, partial(_decode, bench, policy, name, count)))
     return {"passed": True, "rows": rows}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 
 from processes import inside
+from rung.config.server import ModelServerConfig
 from rung.evaluation.evaluate import Evaluation
 from rung.files import find_damage
+from rung.inference import vllm_client
+from rung.inference.vllm_client import STALE_SECONDS, AdapterServer
 from vllm_server import Engine, serving
 
 
@@ -113,19 +117,23 @@ def trained(there: Path, tmp_path: Path, capsys: Any) -> Path:
     return tmp_path / "run"
 
 
-def test_an_adapter_that_a_killed_evaluation_left(trained: Path, vllm: Engine, capsys: Any) -> None:
-    """Its name is that of its files: it is the same adapter, and it goes with this evaluation."""
-    from rung.config.server import ModelServerConfig
-    from rung.inference.vllm_client import AdapterServer
-
+def test_adapters_of_other_evaluations(
+    trained: Path, vllm: Engine, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of today belongs to an evaluation beside this one and stays; what a killed process left long ago goes."""
     server = AdapterServer(ModelServerConfig(url=vllm.url, model="base"), "evaluation.server", "")
-    assert vllm.load(server.adapter_name(trained / "adapter"), str(trained / "adapter"))[0] == 200
+    adapter = trained / "adapter"
+    today = server.adapter_name(adapter)
+    assert server.adapter_name(adapter) != today
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_client.time, "time", lambda: now - STALE_SECONDS - 60)
+        forgotten = server.adapter_name(adapter)
+    for name in (today, forgotten):
+        assert vllm.load(name, str(adapter))[0] == 200
     code, _, err = inside(capsys, "eval", trained)
-    assert code == 0 and not vllm.adapters, err
-    name = server.adapter_name(trained / "adapter")
-    manifest = trained / "adapter" / "manifest.json"
-    manifest.write_text(manifest.read_text() + " ")
-    assert server.adapter_name(trained / "adapter") != name
+    assert code == 0 and list(vllm.adapters) == [today], err
+    vllm.unload(today)
 
 
 def test_a_ladder_is_the_same_ladder(here: Path, there: Path, tmp_path: Path, vllm: Engine, capsys: Any) -> None:

@@ -76,7 +76,7 @@ def test_a_toy_reward_is_climbed(kind: str, rewarded: Path, tmp_path: Path, vllm
     assert manifest["rollout_server"] == {"url": vllm.url, "model": "base"}
     (gate,) = (g for g in manifest["gates"] if g["name"] == "rollout.distribution")
     assert gate["state"] == "passed" and gate["limit"] == "largest 0.002"
-    assert "a resumed run draws other ones" in err
+    assert "a resumed run gets other ones" in err
     assert f"base at {vllm.url}" in (tmp_path / "run" / "report.html").read_text()
     # one adapter a rollout and a validation, none of which stays
     paths = [path for path, _ in vllm.requests]

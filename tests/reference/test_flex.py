@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def uncompiled(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tenso
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_tree_attention, "_compiled", lambda: uncompiled)
-    monkeypatch.setattr(tree_attention, "has_flex_kernel", lambda query: True)
+    monkeypatch.setattr(tree_attention, "has_flex_kernel", lambda query, value: True)
 
 
 def results(segments: tuple[Segment, ...], window: int | None, prefix: int, kv_heads: int) -> list[Tensor]:
@@ -165,8 +166,8 @@ def test_training_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2 with its windows: trees, prefixes ahead and flat rows."""
     batches = [documents(3, shared=18), documents(count=9, shared=MIN_PREFIX_AHEAD + 9), documents(4)]
     gradients = []
-    for compiled in (False, True):
-        if compiled:
+    for in_one_call in (False, True):
+        if in_one_call:
             stand_in(monkeypatch)
         policy, method = tuned("lora", "gemma2", dtype=torch.float64)
         for examples in batches:
@@ -175,29 +176,59 @@ def test_training_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < gradients[0].abs().max() and (gradients[0] - gradients[1]).abs().max() < FLOAT64
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_rows_and_layers_share_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths, trees, prefixes and windows are data: beyond torch's limit of variants all scores would be stored."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    kernel = torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=True, backend=count)
+    monkeypatch.setattr(flex_tree_attention, "_compiled", lambda: kernel)
+    monkeypatch.setattr(tree_attention, "has_flex_kernel", lambda query, value: True)
+    with torch.no_grad():
+        for seed in range(12):
+            segments = random_tree(seed)
+            for window, prefix in ((None, 0), (40, 0), (None, 70), (40, 70)):
+                tokens = segments[-1].end
+                query, key, value = (torch.randn(1, h, tokens, 8) for h in (4, 2, 2))
+                before = (torch.randn(1, 2, prefix, 8), torch.randn(1, 2, prefix, 8)) if prefix else None
+                attend_tree(query, key, value, segments, before, AttentionParams(None, 30.0, window))
+    torch._dynamo.reset()
+    # one or several blocks of queries, and of keys
+    assert len(graphs) <= 4
+
+
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "triton", "runs"),
+    ("device", "capability", "dtype", "width", "shared_memory", "triton", "runs"),
     [
-        ("cuda", (9, 0), torch.bfloat16, True, True),
-        ("cuda", (8, 0), torch.float16, True, True),
-        ("cuda", (7, 5), torch.float16, True, False),
-        ("cuda", (9, 0), torch.float32, True, False),
-        ("cuda", (9, 0), torch.bfloat16, False, False),
-        ("cpu", (9, 0), torch.bfloat16, True, False),
+        ("cuda", (9, 0), torch.bfloat16, 256, 232_448, True, True),
+        ("cuda", (8, 0), torch.float16, 256, 166_912, True, True),
+        ("cuda", (8, 9), torch.bfloat16, 128, 101_376, True, True),
+        ("cuda", (8, 9), torch.bfloat16, 256, 101_376, True, False),
+        ("cuda", (9, 0), torch.bfloat16, 512, 232_448, True, False),
+        ("cuda", (7, 5), torch.float16, 64, 65_536, True, False),
+        ("cuda", (9, 0), torch.float32, 64, 232_448, True, False),
+        ("cuda", (9, 0), torch.bfloat16, 64, 232_448, False, False),
+        ("cpu", (9, 0), torch.bfloat16, 64, 232_448, True, False),
     ],
 )
 def test_which_tensors_the_kernel_takes(
     device: str,
     capability: tuple[int, int],
     dtype: torch.dtype,
+    width: int,
+    shared_memory: int,
     triton: bool,
     runs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class OnDevice:
-        def __init__(self) -> None:
-            self.device, self.dtype = torch.device(device), dtype
-
+    tensor = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 3, width))
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
     monkeypatch.setattr(flex_tree_attention.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flex_tree_attention.torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(flex_tree_attention, "has_triton", lambda: triton)
-    assert has_flex_kernel(OnDevice()) is runs  # type: ignore[arg-type]
+    assert has_flex_kernel(tensor, tensor) is runs  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def on_both_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """The rows end together and places are dropped; or each row has slots of its own and steps are read in groups."""
     is_static = request.param == "as on a card"
     monkeypatch.setattr(generating, "decodes_statically", lambda device: is_static)
-    monkeypatch.setattr(generating, "has_room_to_merge", lambda policy: False)
+    monkeypatch.setattr(generating, "merges_adapter", lambda policy, slots: False)
 
 
 @pytest.mark.usefixtures("on_both_devices")

@@ -70,6 +70,21 @@ def test_values_and_gradients(
         assert (ours.double() - theirs).norm() / theirs.norm() < 1e-6
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_was_expanded(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a plain sum is one number with a stride of 0, and targets may be a column of something."""
+    head = nn.Linear(6, 21).requires_grad_(not frozen)
+    target, hidden = torch.randint(21, (9, 2))[:, 0], torch.randn(9, 6)
+    monkeypatch.setattr(logprobs, "has_logprob_kernel", lambda device, dtype: True)
+    gradients = []
+    for call in (naive, token_logprobs):
+        h = hidden.clone().requires_grad_()
+        head.zero_grad()
+        call(h, head, target, LogitTransform()).sum().backward()
+        gradients.append([h.grad, *(p.grad for p in head.parameters() if p.grad is not None)])
+    assert all((a - b).norm() / b.norm() < 1e-6 for a, b in zip(*gradients, strict=True))
+
+
 def test_bfloat16_rounds_once(interpreter: Any) -> None:
     """The gradient in place of bfloat16 logits: each entry is that of the same logits in float64, rounded."""
     z = (3 * torch.randn(5, 40)).bfloat16()

@@ -125,6 +125,19 @@ def test_fused_products_are_those_of_bitsandbytes_and_peft(targets: tuple[str, .
     assert bytes_ <= 1.01 * bytes_of_lora < 0.75 * bytes_of_peft
 
 
+def test_in_bfloat16_the_fused_gradient_rounds_as_that_of_peft() -> None:
+    def gradient(policy: Policy, method: Lora, compute: torch.dtype) -> Tensor:
+        policy.model.zero_grad()
+        accumulate(policy_of(policy.model, method, compute=compute), SFT, pack(documents(), 10_000))
+        return torch.cat([g.flatten() for g in gradients(method).values()])
+
+    policy, method = qlora()
+    exact, ours = gradient(policy, method, torch.float32), gradient(policy, method, torch.bfloat16)
+    with original_forwards(policy.model):
+        theirs = gradient(policy, method, torch.bfloat16)
+    assert 0 < (ours - exact).norm() < 1.25 * (theirs - exact).norm()
+
+
 def test_without_a_gradient_bitsandbytes_computes() -> None:
     """Its kernel for single rows reads 4 bits; a matrix made for each would be read in 16 or 32."""
     policy, method = qlora()

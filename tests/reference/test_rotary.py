@@ -148,7 +148,7 @@ def test_an_answer_that_crosses_the_boundary(is_static: bool, shared: int, monke
     On a card the position of a place without a row must not reach the boundary: it would decide for all rows.
     """
     monkeypatch.setattr(generating, "decodes_statically", lambda device: is_static)
-    monkeypatch.setattr(generating, "has_room_to_merge", lambda policy: False)
+    monkeypatch.setattr(generating, "merges_adapter", lambda policy, slots: False)
     model = phi3()
     lengths = [8, 18, 21, 23, 24, 25, 30]
     rng = np.random.default_rng(2)

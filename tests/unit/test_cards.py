@@ -439,5 +439,6 @@ def test_where_a_card_stores_keys_once(model: Any) -> None:
     widths = [w for w in range(1, 300) if has_row_kernel(replace(shape, head_width=w), "bfloat16")]
     assert widths == [w for w in range(1, varlen_attention.MAX_WIDTH + 1) if w % 8 == 0]
     assert layer_bytes_per_token(replace(shape, kind="gemma2"), "bfloat16", "cuda") == 2 * once
-    wide = replace(shape, head_width=512, heads=8, kv_heads=2)
-    assert layer_bytes_per_token(wide, "bfloat16", "cuda") == 2 * for_all_heads
+    for kind, width in (("llama", 512), ("gemma2", 256)):
+        wide = replace(shape, kind=kind, head_width=width, heads=4096 // width, kv_heads=1024 // width)
+        assert layer_bytes_per_token(wide, "bfloat16", "cuda") == 2 * for_all_heads

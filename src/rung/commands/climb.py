@@ -322,7 +322,7 @@ class Climb:
         """Score a model on the questions of a rung and write the result."""
         result = self._evaluate(model, prompts.records, prompts.prompt_format, title=title)
         server = self.config.evaluation.server
-        facts = {} if server is None else {"server": {"url": server.url, "model": server.model}}
+        facts = {} if server is None else {"server": server.address}
         store_result(folder, result, {**cost, **prompts.facts, **facts})
 
     def _measure_tuned(self, rung: RungConfig, folder: Path, seed_index: int) -> None:

@@ -53,7 +53,7 @@ def compare(
     scores = paired_results(baseline_evaluation, target_evaluation, task.seed)
     result = ComparisonResult(target=target, baseline=baseline, task=task_name(config, target), **scores)
     if (server := task.evaluation.server) is not None:
-        result = result.replace(server={"url": server.url, "model": server.model})
+        result = result.replace(server=server.address)
     if judge is None:
         return result
     # strict: a missing item would pair all later answers with the wrong question.

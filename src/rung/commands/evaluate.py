@@ -57,7 +57,7 @@ def evaluate(
     # A user waits for the retrieval as well as for the answer.
     metrics["seconds_per_query"] += retrieval.get("retrieval", {}).get("seconds_per_query", 0.0)
     if (server := task.evaluation.server) is not None:
-        metrics["server"] = {"url": server.url, "model": server.model}
+        metrics["server"] = server.address
     contamination_result = {"contamination": contamination_of(path, result, originals)} if is_run else {}
     if is_own_score:
         # `items.parquet` belongs to the climb that the run may be part of.

@@ -28,9 +28,14 @@ class ModelServerConfig(Config):
     timeout: PositiveFloat = 300.0
     """Seconds per try of a request; requests that fail for a moment are tried again."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of the server, by whose rounding its log-probabilities are compared with those of this process: the
-    90th percentile of the differences is at most 0.3 nats with bfloat16; with float32, where this process computes in
-    float32 too, the largest is at most 0.002."""
+    """Compute type of the server, which decides how far its log-probabilities may differ from those of this process. In
+    bfloat16 the 90th percentile of the differences may be 0.3 nats. In float32, where this process computes in float32
+    too, the largest may be 0.002."""
+
+    @property
+    def address(self) -> dict[str, str]:
+        """What results say of the server."""
+        return {"url": self.url, "model": self.model}
 
 
 class RolloutServerConfig(ModelServerConfig):

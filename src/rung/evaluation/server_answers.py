@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rung.models.generate import GeneratedAnswer, Sampling
 from rung.models.policy import Policy
 from rung.planning.memory import tokens_per_micro_batch
 from rung.training.gates import enforce
-from rung.training.server_sampler import PROBED_DOCUMENTS, DrawnAnswers, check_sampler, refuse_changing_frequencies
+from rung.training.server_gate import PROBED_DOCUMENTS, DrawnAnswers, check_sampler, refuse_changing_frequencies
 from rung.types import Example, Source
 
 GATE = "evaluation.server"
@@ -57,13 +57,14 @@ class ServerAnswers:
         name: str = self.server.config.model
         loaded: AbstractContextManager[None] = nullcontext()
         if self.adapter is not None:
+            self.server.unload_stale(self.server.adapter_prefix(self.adapter))
             name = self.server.adapter_name(self.adapter)
             loaded = self.server.adapter(name, self.adapter)
         sampling, vocab_size = Sampling(max_new_tokens), policy.base.vocab_size
         with loaded:
             answers = self.server.complete(name, prompts, stop_ids, sampling, vocab_size, on_answered=on_batch)
         self._check(policy, prompts, answers)
-        return answers if on_token is None else [_ended(answer, on_token) for answer in answers]
+        return answers if on_token is None else [_cut_where_ended(answer, on_token) for answer in answers]
 
     def _check(self, policy: Policy, prompts: Sequence[Sequence[int]], answers: Sequence[GeneratedAnswer]) -> None:
         """Read some of the answers in this process and compare their log-probabilities."""
@@ -78,8 +79,7 @@ class ServerAnswers:
 
         sampler_logprobs = [np.array(answers[i].logprobs) for i in chosen]
         drawn = DrawnAnswers(documents, evaluate(documents, policy.logprobs), sampler_logprobs)
-        gate = check_sampler(policy, drawn, self.server.config.dtype, evaluate)
-        gate = replace(gate, name=GATE)
+        gate = check_sampler(GATE, policy, drawn, self.server.config.dtype, evaluate)
         print_status(str(gate))
         enforce(gate)
 
@@ -89,7 +89,7 @@ def _document(prompt: Sequence[int], answer: GeneratedAnswer, number: int) -> Ex
     return Example(ids, np.arange(len(ids)) >= len(prompt), Source("answer", number))
 
 
-def _ended(answer: GeneratedAnswer, on_token: Callable[[Sequence[int]], bool]) -> GeneratedAnswer:
+def _cut_where_ended(answer: GeneratedAnswer, on_token: Callable[[Sequence[int]], bool]) -> GeneratedAnswer:
     """The answer up to the token after which `on_token` ends it, as the decoder would have ended it."""
     for length in range(1, len(answer.ids) + 1):
         if on_token(answer.ids[:length]):

@@ -9,7 +9,9 @@ those of `inference.openai_client`. `training.server_sampler` draws rollouts her
 
 from __future__ import annotations
 
-import math
+import re
+import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +24,6 @@ from typing import Any, NamedTuple
 from rung.config.server import ModelServerConfig
 from rung.console import print_status
 from rung.errors import CheckpointError, ConfigError, PlanError, RungError
-from rung.files import MANIFEST
 from rung.inference.ask import chunk_seed
 from rung.inference.openai_client import RefusedError, Server, answer_concurrently, make_client, translated_errors
 from rung.models.decoding import OnAnswered
@@ -31,6 +32,8 @@ from rung.models.generate import GeneratedAnswer, Sampling
 ADAPTER_RETRIES = 2
 """Retries of a request for models or adapters: vLLM answers 500 to an adapter that it cannot load, and a server that is
 not there at the start should be said at once."""
+STALE_SECONDS = 24 * 3600
+"""Age from which on an adapter of an evaluation counts as forgotten."""
 MIN_LOGPROB = -9999.0
 """What vLLM writes for a probability of 0, which no drawn token has."""
 NEUTRAL_SAMPLING: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
@@ -71,8 +74,8 @@ class AdapterServer:
         return f"rung-{sha256(self.path_there(folder).encode()).hexdigest()[:12]}-"
 
     def adapter_name(self, folder: Path) -> str:
-        """The name of a finished adapter: that of its files, so that one which a killed process left is this one."""
-        return self.adapter_prefix(folder) + sha256((folder / MANIFEST).read_bytes()).hexdigest()[:8]
+        """A name for a finished adapter, with the time and random digits: another process may ask for the same one."""
+        return f"{self.adapter_prefix(folder)}{int(time.time()):x}-{secrets.token_hex(4)}"
 
     def models(self) -> dict[str, str | None]:
         """Names of the base and of loaded adapters, with the folder of each where the server gives it.
@@ -99,6 +102,13 @@ class AdapterServer:
         for name in [name for name in self.models() if name.startswith(prefix)]:
             self._unload(name)
             print_status(f"unloaded {name}, which an earlier process left on the server")
+
+    def unload_stale(self, prefix: str) -> None:
+        """Unload adapters of `adapter_name` that are older than any evaluation: what killed processes left there."""
+        for name in [name for name in self.models() if name.startswith(prefix)]:
+            made = name.removeprefix(prefix).partition("-")[0]
+            if re.fullmatch(r"[0-9a-f]{8}", made) and time.time() - int(made, 16) > STALE_SECONDS:
+                self._unload(name)
 
     @contextmanager
     def adapter(self, name: str, folder: Path) -> Iterator[None]:
@@ -221,7 +231,7 @@ class _Expected(NamedTuple):
     def parse(self, choice: Any, prompt: Sequence[int]) -> GeneratedAnswer:
         """The answer in a choice of a reply. Raises `_ReplyError` for anything else than what was asked for."""
         read = getattr(choice, "prompt_token_ids", None)
-        if read is not None and list(read) != list(prompt):
+        if read is not None and read != list(prompt):
             raise _ReplyError("the server read another prompt than the one that was sent")
         ids = self._token_ids(choice)
         logprobs = _logprobs(choice, len(ids))
@@ -241,8 +251,8 @@ class _Expected(NamedTuple):
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             hint = "vLLM 0.10.2 and later give them (return_token_ids); text is never tokenized again"
             raise _ReplyError("it has no token ids", hint)
-        if wrong := next((i for i in ids if not 0 <= i < self.vocab_size), None):
-            raise _ReplyError(f"token {wrong:,} is none of the {self.vocab_size:,} tokens of the base")
+        if not all(0 <= i < self.vocab_size for i in ids):
+            raise _ReplyError(f"a token is none of the {self.vocab_size:,} tokens of the base")
         return ids
 
 
@@ -252,6 +262,6 @@ def _logprobs(choice: Any, count: int) -> list[float]:
         length = len(values) if isinstance(values, list) else 0
         raise _ReplyError(f"it has {length} log-probabilities for {count} tokens")
     # a rounded logarithm of 1 may be above 0
-    if not all(type(v) in (int, float) and math.isfinite(v) and MIN_LOGPROB < v <= 1e-3 for v in values):
+    if not all(type(v) in (int, float) and MIN_LOGPROB < v <= 1e-3 for v in values):  # false for what is no number
         raise _ReplyError("a log-probability is no finite number of at most 0")
     return [float(value) for value in values]

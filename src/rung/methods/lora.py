@@ -196,9 +196,9 @@ class Lora(Method):
     def merged(self) -> Iterator[None]:
         """Within the context the adapted linears hold W + scale * B A, and no adapter is multiplied.
 
-        W itself is kept beside it and comes back, bit for bit. In bfloat16 the sum rounds: log-probabilities are as far
-        from float32 as those of the adapter computed in bfloat16 (docs/log.md). Where an adapter cannot be merged
-        exactly as it computes (dropout, DoRA, 4 and 8 bits), or is off, the model computes as before.
+        W itself is kept beside it and comes back, bit for bit. In 16 bits the sum rounds most of a small update away
+        (docs/log.md), so callers ask for it in 32 bits alone. Where an adapter cannot be merged exactly as it computes
+        (dropout, DoRA, 4 and 8 bits), or is off, the model computes as before.
         """
         layers = [layer for layer in self.layers().values() if type(layer) is PeftLinear]
         params = [self.linear_params(layer) for layer in layers]

@@ -4,7 +4,8 @@ torch's flash kernels have no softcap; flex_attention compiles a kernel from a f
 says which keys a query sees (Dong et al. 2024). The segments of a row lie depth first, so the descendants of a segment
 follow it, and the mask of a whole tree has a closed form: query q sees key k where k <= q < end of the subtree of k.
 Blocks of 128 queries and keys of which no pair is visible are skipped, which keeps the sharing of prefixes. The cost is
-one compilation a run and device. `models.tree_attention` calls it and holds the path that it is tested against.
+a few compilations a run; all that differs between rows and layers is data, so their number is bounded, and a test
+counts them. `models.tree_attention` calls it and holds the path that it is tested against.
 
 T tokens of the row, P prefix tokens, S = P + T keys, H heads, K key/value heads, D width, B blocks.
 """
@@ -22,10 +23,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from rung.models.pointwise import compiled
 from rung.types import Segment
 
 MIN_CAPABILITY = (8, 0)
 """First generation of cards on which flex_attention computes in bfloat16 (Ampere)."""
+MAX_WIDTH, MAX_WIDTH_OF_SMALL_CARDS = 256, 128
+"""Largest head widths; wider heads than 128 need more shared memory than cards for desktops have (99 KiB a block)."""
+SHARED_MEMORY = 160 * 2**10
+"""Bytes a block that the kernels for wide heads need, forward and backward."""
+UNLIMITED = 2**30
+"""A window that every key is within."""
 BLOCK = 128
 """Queries and keys of a block: the default of flex_attention."""
 
@@ -71,11 +79,12 @@ def block_mask(
     mask = tree_mask(segments, prefix_length)
     partial, full = _visible_blocks(mask, window)
     query_T, subtree_end_S, depth_S = (torch.from_numpy(array).to(device) for array in mask)
+    # a tensor: layers with a window and without one share one kernel
+    window_1 = torch.tensor([UNLIMITED if window is None else window], dtype=torch.int32, device=device)
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = query_T[query]
-        visible = (key <= row) & (row < subtree_end_S[key])
-        return visible if window is None else visible & (depth_S[row] - depth_S[key] < window)
+        return (key <= row) & (row < subtree_end_S[key]) & (depth_S[row] - depth_S[key] < window_1[0])
 
     partial_counts, partial_blocks, full_counts, full_blocks = (
         part.to(device) for blocks in (partial, full) for part in _listed(blocks)
@@ -118,12 +127,15 @@ def _listed(blocks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(counts)[None, None], torch.from_numpy(order)[None, None]
 
 
-def has_flex_kernel(query: Tensor) -> bool:
+def has_flex_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether flex_attention compiles for these tensors on their device."""
-    device = query.device
+    device, width = query.device, max(query.shape[-1], value.shape[-1])
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    return query.dtype in (torch.bfloat16, torch.float16) and has_triton()
+    if query.dtype not in (torch.bfloat16, torch.float16) or width > MAX_WIDTH or not has_triton():
+        return False
+    shared_memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return bool(width <= MAX_WIDTH_OF_SMALL_CARDS or shared_memory >= SHARED_MEMORY)
 
 
 @cache
@@ -139,7 +151,7 @@ def softcap_score(softcap: float) -> ScoreFunction:
 @cache
 def _compiled() -> Callable[..., Any]:
     # rows have any length: one kernel for all of them
-    return torch.compile(flex_attention, dynamic=True)
+    return compiled(flex_attention, dynamic=True)
 
 
 def attend_flex(

@@ -22,7 +22,7 @@ from rung.models.decoding import GeneratedAnswer as GeneratedAnswer
 from rung.models.decoding import Sampling as Sampling
 from rung.models.policy import Policy
 from rung.models.rotary import long_tokens
-from rung.models.static_decoding import StaticDecoder, decodes_statically, has_room_to_merge
+from rung.models.static_decoding import StaticDecoder, decodes_statically, merges_adapter
 from rung.models.tree_attention import KVByLayer, concatenate_kv
 from rung.models.weight_files import is_in_parts
 from rung.models.weight_layout import order_weights
@@ -135,7 +135,9 @@ def _generate(
     generator = torch.Generator(policy.device).manual_seed(sampling.seed)
     # a graph would replay neither the hooks nor the messages by which ranks gather a model that they share in parts
     is_static = decodes_statically(policy.device) and not is_in_parts(policy.model)
-    merged = policy.method.merged() if is_static and has_room_to_merge(policy) else nullcontext()
+    places = min(options.batch_size, len(prompts) * sampling.answers_per_prompt)
+    merges = is_static and merges_adapter(policy, places * max(totals, default=0))
+    merged = policy.method.merged() if merges else nullcontext()
     with policy.autocast(), merged:
         prefix, start = _encode_prefix(policy, prompts[0][:prefix_length], options.task), virtual_count + prefix_length
         decoder = Decoder(

@@ -52,6 +52,8 @@ def _log_softmax_gradient(  # type: ignore[no-untyped-def]  # noqa: PLR0913 -- p
     row = tl.program_id(0).to(tl.int64)  # 64 bits: a tile may have more than 2^31 bytes
     z_ptr += row * vocabulary
     target = tl.load(target_ptr + row)
+    # before the first pass, whose reductions all warps wait for: the second pass overwrites it
+    target_z = tl.load(z_ptr + target)
     maximum, total = -float("inf"), 0.0
     for start in range(0, vocabulary, block):
         columns = start + tl.arange(0, block)
@@ -63,8 +65,6 @@ def _log_softmax_gradient(  # type: ignore[no-untyped-def]  # noqa: PLR0913 -- p
         maximum = new_maximum
     lse = maximum + tl.log(total)
     tl.store(lse_ptr + row, lse)
-    # read before the second pass overwrites it
-    target_z = tl.load(z_ptr + target)
     tl.store(logit_ptr + row, _logits(target_z, scale, softcap, inverse_temperature, has_softcap))
     if writes_gradient:
         factor = scale * inverse_temperature
@@ -103,6 +103,8 @@ def log_softmax_gradient_(
     if not entries:
         return lse_N, logit_N
     options: dict[str, Any] = {"has_softcap": softcap is not None, "has_factor": factor_N is not None}
+    # the kernel reads one number a program: a gradient that was expanded has a stride of 0
+    target_N, factor_N = target_N.contiguous(), None if factor_N is None else factor_N.contiguous()
     _log_softmax_gradient[(entries,)](
         *(z_NV, target_N, lse_N if factor_N is None else factor_N, lse_N, logit_N),
         *(scale, 1.0 if softcap is None else softcap, 1.0 / temperature),

@@ -197,7 +197,9 @@ class _KernelHead:
         if sums.bias_V is not None:
             sums.bias_V.add_(d_z_NV.sum(0, dtype=sums.bias_V.dtype))
         if sums.weight_VH is not None:
-            sums.weight_VH.add_(matmul(d_z_NV.T, h_NH))
+            # in blocks: the gradient of the whole head in 16 bits would be as large as the head
+            for rows in _slices(len(self.weight_VH), CARD_TILE.columns):
+                sums.weight_VH[rows].add_(matmul(d_z_NV[:, rows].T, h_NH))
         return matmul(d_z_NV, self.weight_VH) if need_h else None
 
     def _pass(

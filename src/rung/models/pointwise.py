@@ -27,6 +27,9 @@ def on_card(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
+RECOMPILE_LIMIT = 64
+"""Variants of one function that are compiled: widths, types and options of several models in one process. Torch's limit
+of 8 is that of one model, and beyond it a function runs as it is written, without a word in most logs."""
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """The functions of this module as they are written, by name."""
 
@@ -44,38 +47,67 @@ def pointwise(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 def _run(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     first: Any = args[0]
-    if on_card(first) and has_triton():
-        return compiled(function)(*args, **kwargs)  # type: ignore[no-any-return]
-    return function(*args, **kwargs)
+    if not (on_card(first) and has_triton()):
+        return function(*args, **kwargs)
+    # What compiled code must not depend on: it would be compiled anew for training, evaluation and backward passes.
+    detached: Any = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        return compiled(function)(*detached, **kwargs)  # type: ignore[no-any-return]
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One kernel of a function, compiled at its first call, and again at the first row of another length.
+def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+    """A function compiled at its first call, and again at the first row of another length.
 
     From then on the length is a variable; the width of the model stays a constant, so a reduction over it is one pass.
     """
-    return torch.compile(function)
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=dynamic)
+
+
+def _by_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as matrices: rows and heads in any number are one dimension, so that one kernel serves all shapes."""
+    return tuple(tensor.reshape(-1, tensor.shape[-1]) if on_card(tensor) else tensor for tensor in tensors)
+
+
+def scale_normalized(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """(offset + weight) * x * rstd, in the type in which transformers returns it."""
+    x_NH, rstd_N1 = _by_rows(x, rstd)
+    return _scaled_rows(x_NH, rstd_N1, weight, offset).view(x.shape)
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The output of `rms_norm`, and 1 / rms of each row."""
+    (x_NH,) = _by_rows(x)
+    y, rstd = _normalized_rows(x_NH, weight, eps, offset)
+    return y.view(x.shape), rstd.view(*x.shape[:-1], 1)
+
+
+def normalize_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input and weight of `normalize`."""
+    grad_NH, x_NH, rstd_N1 = _by_rows(grad, x, rstd)
+    d_x, d_weight = _rows_backward(grad_NH, x_NH, weight, rstd_N1, offset, needs_x, needs_weight)
+    return None if d_x is None else d_x.view(x.shape), d_weight
 
 
 @pointwise
-def scale_normalized(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
-    """(offset + weight) * x * rstd, in the type in which transformers returns it."""
+def _scaled_rows(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     return _scale_normalized(x, rstd, weight, offset)
 
 
 @pointwise
-def normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """The output of `rms_norm`, and 1 / rms of each row."""
+def _normalized_rows(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     rstd = _inverse_rms(x, eps)
     return _scale_normalized(x, rstd, weight, offset), rstd
 
 
 @pointwise
-def normalize_backward(
+def _rows_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and weight of `normalize`."""
     normalized = x * rstd
     grad = grad.to(normalized.dtype)
     d_weight = (grad * normalized).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if needs_weight else None

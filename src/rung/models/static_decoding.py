@@ -25,7 +25,6 @@ from transformers.cache_utils import DynamicLayer
 
 from rung.console import print_status
 from rung.models.decoding import Decoder, GeneratedAnswer, Request, Row, encoded_together
-from rung.models.fused_modules import fused_linears
 from rung.models.policy import Policy, model_inputs
 from rung.models.tree_attention import KeysValues, KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
@@ -34,6 +33,8 @@ READ_EVERY = 16
 """Steps between two reads of the tokens: a read waits for the card, and a step beyond an end is lost."""
 SLOT_BLOCK = 64
 """Slots are a multiple of this."""
+MIN_RECORDED_TOKENS = 32
+"""Longest answer from which on a recording is made: it costs the time of several steps."""
 WARM_STEPS = 3
 """Steps before the recording, in which libraries choose their kernels (the number of torch's documentation)."""
 
@@ -43,12 +44,22 @@ def decodes_statically(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def has_room_to_merge(policy: Policy) -> bool:
-    """Whether a card has room for a second copy of the layers' linears, and as much again for keys and values."""
-    device = policy.device
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    copies = sum(linear.weight.nbytes for linear in fused_linears(policy.model))
-    return 2 * copies <= free
+def merges_adapter(policy: Policy, slots: int) -> bool:
+    """Whether an adapter is added to the weights while it answers with so many slots in all places.
+
+    In 16 bits most of a small update would be rounded away (docs/log.md), so only where products are computed in
+    float32, and where the card has room for the sums beside keys and values.
+    """
+    if policy.base.compute_dtype.itemsize < 4:
+        return False
+    device, shape = policy.device, policy.base.shape
+    free: int = (
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
+    adapted = (m.base_layer.weight for m in policy.model.modules() if hasattr(m, "base_layer"))
+    copies = sum(int(weight.nbytes) for weight in adapted)
+    cache = 2 * slots * shape.layers * shape.kv * policy.base.compute_dtype.itemsize
+    return copies + cache + copies // 2 <= free
 
 
 class StaticCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -89,8 +100,9 @@ class StaticDecoder:
         replay: Callable[[], None] | None = None
         while waiting or any(self.rows):
             self._join(waiting, answers)
-            # recorded with rows in it: what is not a number would be kept by the warm steps of an empty batch
-            replay = replay or self._recorded()
+            if replay is None:
+                # with rows in the batch: the warm steps of empty places would write values that are no numbers
+                replay = self._recorded() if self.max_new_tokens >= MIN_RECORDED_TOKENS else self._step
             self._advance(replay)
         return {
             prompt: [GeneratedAnswer(row.tokens, row.stop, row.logprobs, row.ended_by_caller) for row in rows]
@@ -104,6 +116,10 @@ class StaticDecoder:
         # as many prompts at once as the plan counts
         prompts = max(1, min(decoder.batch_size // per_prompt, PREFILL_TOKENS // longest, len(requests)))
         # the last token of an answer is chosen and not read
+        self.max_new_tokens = max(request.limit for request in requests)
+        # one person reads a stream token by token
+        is_stream = decoder.on_token is not None and len(requests) * per_prompt == 1
+        self.read_every = 1 if is_stream else READ_EVERY
         self.last_slot = max(len(request.suffix) + request.limit for request in requests) - 2
         self.slots = -(-(self.last_slot + 1) // SLOT_BLOCK) * SLOT_BLOCK
         self.rows = [None] * (prompts * per_prompt)
@@ -154,7 +170,7 @@ class StaticDecoder:
         """Take steps until the next read, and give the tokens to their rows."""
         self.column_1.zero_()
         remaining = max(row.limit - len(row.tokens) for row in self.rows if row is not None)
-        count = min(READ_EVERY, remaining)
+        count = min(self.read_every, remaining)
         if self.uniform_BC is not None:
             self.uniform_BC.copy_(self.decoder.uniforms(len(self.rows), READ_EVERY))  # type: ignore[arg-type]
         for _ in range(count):
@@ -204,6 +220,8 @@ class StaticDecoder:
         saved = [tensor.clone() for tensor in state]
         try:
             replay = self._record()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             print_status(f"answers are decoded without a graph, which is slower: {reason}")

@@ -64,7 +64,7 @@ def attend_tree(
     prefix = prefix and (prefix[0].to(key_1KTD.dtype), prefix[1].to(value_1KTD.dtype))
     if params.softcap is None and not params.dropout and has_varlen_kernel(query_1HTD, value_1KTD):
         return attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, prefix, params.scaling, params.window)
-    if params.softcap is not None and not params.dropout and has_flex_kernel(query_1HTD):
+    if params.softcap is not None and not params.dropout and has_flex_kernel(query_1HTD, value_1KTD):
         options: Any = {"scaling": params.scaling, "softcap": params.softcap, "window": params.window}
         return attend_flex(query_1HTD, key_1KTD, value_1KTD, segments, prefix, **options)
     same_width = query_1HTD.shape[-1] == value_1KTD.shape[-1]  # the CPU kernel requires it

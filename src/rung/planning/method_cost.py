@@ -45,6 +45,10 @@ class MethodCost:
         return (self.trainable or 0) + self.frozen_parameters
 
 
+SOFTCAP_KINDS = frozenset({"gemma2"})
+"""Models whose attention scores are capped."""
+
+
 def method_cost(config: Any, shape: ModelShape) -> MethodCost:
     """Cost of a method's config for a model of this shape. Raises `ConfigError` for layers that do not exist."""
     formula = _BY_KIND.get(config.kind)
@@ -131,10 +135,11 @@ def layer_bytes_per_token(shape: ModelShape, compute: str = "float32", device: s
 def has_row_kernel(shape: ModelShape, compute: str) -> bool:
     """Whether a card computes the attention of a whole row in one call.
 
-    `models.varlen_attention` does there, and `models.flex_tree_attention` where scores are capped. bfloat16 is computed
-    from Ampere on, the first cards with the kernels.
+    `models.varlen_attention` does there, and `models.flex_tree_attention` where scores are capped: with wide heads on
+    some cards alone, which the plan does not count on. bfloat16 is computed from Ampere on, as the kernels are.
     """
-    return compute == "bfloat16" and shape.head_width in range(8, 257, 8)
+    widest = 128 if shape.kind in SOFTCAP_KINDS else 256
+    return compute == "bfloat16" and shape.head_width in range(8, widest + 1, 8)
 
 
 def activation_bytes_per_token(

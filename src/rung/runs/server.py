@@ -19,11 +19,12 @@ from rung.inference.vllm_client import AdapterServer
 from rung.models.policy import Policy
 from rung.planning.architecture import is_adapter_folder
 from rung.training.run_folder import RunFolder
-from rung.training.server_sampler import FOLDER, ServerSampler, refuse_changing_frequencies
+from rung.training.server_gate import refuse_changing_frequencies
+from rung.training.server_sampler import FOLDER, ServerSampler
 
 ROLLOUT_SERVER, EVALUATION_SERVER = "objective.rollout.server", "evaluation.server"
 SERVED_METHODS = "lora, qlora and lottery"
-OWN_BASE = {"name", "student_of", "revision", "layers"}
+BASE_SETTINGS = {"name", "student_of", "revision", "layers"}
 """Settings of a rung's `model` that make its base another one than that of the ladder."""
 MOVABLE_SETTINGS = tuple(
     f"{section}.{name}"
@@ -74,9 +75,9 @@ def rollout_sampler(config: RunConfig, policy: Policy, folder: RunFolder) -> Ser
     refuse_changing_frequencies(policy, ROLLOUT_SERVER)
     sampler = ServerSampler(client, policy, folder.path / FOLDER)
     sampler.begin()
-    url, model = client.config.url, client.config.model
-    print_status(f"answers come from {model} at {url}: a resumed run draws other ones")
-    folder.update(rollout_server={"url": url, "model": model})
+    config_of_server = client.config
+    print_status(f"{config_of_server.model} at {config_of_server.url} draws the answers: a resumed run gets other ones")
+    folder.update(rollout_server=config_of_server.address)
     return sampler
 
 
@@ -108,7 +109,7 @@ def check_climb_server(config: RunConfig) -> None:
         given, hint = config.climb.on_top[0].label, "its base is the merge of another rung: leave evaluation.server out"
         raise PlanError(summary, where="climb.on_top", given=given, hint=hint)
     for rung in config.climb.rungs:
-        if OWN_BASE & rung.model.keys():
+        if BASE_SETTINGS & rung.model.keys():
             hint = "a server has one base: leave evaluation.server out, or give the other base a ladder of its own"
             raise PlanError(summary, where="climb.rungs", given=rung.label, hint=hint)
         if rung.kind not in UNTUNED:

@@ -26,7 +26,8 @@ from rung.models.policy import Policy
 from rung.objectives.protocol import Objective
 from rung.training.gates import compare_logprobs
 from rung.training.run_folder import Gate
-from rung.training.server_sampler import DrawnAnswers, ServerSampler, check_sampler, rounds_otherwise
+from rung.training.server_gate import DrawnAnswers, check_sampler, differs_by_rounding
+from rung.training.server_sampler import ServerSampler
 from rung.types import ON_POLICY, SAMPLER_LOGRATIO, Example, PackedBatch, Rollout
 
 BatchValues = Callable[[PackedBatch], Tensor]
@@ -140,10 +141,10 @@ class RolloutSource:
         policy_logprobs = self._values_by_document(documents, self.policy.logprobs)
         drawn = DrawnAnswers(documents, policy_logprobs, [np.array(answer.logprobs) for answer in answers])
         dtype = "bfloat16" if self.config.server is None else self.config.server.dtype
-        gate = check_sampler(self.policy, drawn, dtype, self._values_by_document)
+        gate = check_sampler("rollout.distribution", self.policy, drawn, dtype, self._values_by_document)
         if gate.state == "failed" or not self.is_decoder_checked:
             self.gate = gate
-        if not self.is_decoder_checked and gate.state == "passed" and rounds_otherwise(self.policy, drawn):
+        if not self.is_decoder_checked and gate.state == "passed" and differs_by_rounding(self.policy, drawn):
             print_status("the server rounds otherwise than this process: importance weights correct the loss for it")
         self.is_decoder_checked = True
         return drawn
