@@ -380,7 +380,7 @@ def test_the_table_of_cards_is_that_of_the_plan(model: Any) -> None:
             cells.append(f"{advice.micro_batch.tokens:,} tokens, {size}" if advice.plan.fits else f"no: {size}")
         assert f"| {' | '.join(cells)} |" in page
     # The sentence about full fine-tuning in parts.
-    for processes, tokens in ((2, "1,536"), (8, "15,360")):
+    for processes, tokens in ((2, "1,280"), (8, "15,104")):
         advice = plan(config_of(model("8b"), "full", sharded=True), "a100", processes)
         assert f"{advice.micro_batch.tokens:,}" == tokens and f"({tokens}" in page
 

@@ -392,6 +392,9 @@ def _step_terms(config: RunConfig, shape: ModelShape, cost: MethodCost, micro_ba
     head += 3 * 4 * (CARD_TILE_LOGITS if micro_batch.device == "cuda" else TILE_LOGITS)
     # Gradients of the head, of the embeddings, and their sum if both are one matrix.
     head += {"full": 3 if shape.tied else 2, "head": 1}.get(method.kind, 0) * 4 * shape.embedding_parameters
+    # A tile of the kernel on a card has the whole vocabulary, so a trained head is converted as a whole.
+    if device == "cuda" and compute == "bfloat16" and method.kind in ("full", "head"):
+        head += 2 * shape.embedding_parameters
     share = _fragmentation(config, shape, micro_batch)
     # cuBLAS's workspaces count as part of the context.
     products = Term("products", PRODUCT_BUFFER_BYTES, "buffers of matrix products (measured)")
