@@ -240,13 +240,15 @@ def serve(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 16,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 128,
+    cache: Annotated[int, typer.Option(min=1, help="MB for the keys and values of running answers.")] = 4096,
     prefix_cache: Annotated[int, typer.Option(min=0, help="MB for beginnings of earlier prompts.")] = 256,
 ) -> None:
     """Serve runs and bases behind OpenAI's API, until it is stopped."""
     from rung.serving.run import ServeRequest
     from rung.serving.run import serve as serve_models
 
-    limits = {"max_rows": rows, "max_waiting": waiting, "beginnings_bytes": prefix_cache * 2**20}
+    limits = {"max_rows": rows, "max_waiting": waiting}
+    limits |= {"cache_bytes": cache * 2**20, "beginnings_bytes": prefix_cache * 2**20}
     serve_models(targets, ServeRequest(host, port, key, **limits))
 
 

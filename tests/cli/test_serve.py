@@ -28,6 +28,7 @@ from processes import inside, start
 from rung.cli import _exit_code
 from rung.data.tokenize import tokenize_records
 from rung.models.packing import pack_separately
+from rung.models.slot_batch import SlotBatch, _SlotLayer
 from rung.runs.load import open_reward_model, open_target
 from rung.serving.app import make_app
 from rung.serving.catalog import open_models
@@ -40,7 +41,7 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 @contextmanager
 def served(*targets: object, key: str | None = None, **limits: int) -> Iterator[tuple[int, Engine]]:
     """A server on a free port in a thread of this process."""
-    options = {"max_rows": 8, "max_waiting": 64, "beginnings_bytes": 2**24, **limits}
+    options = {"max_rows": 8, "max_waiting": 64, "cache_bytes": 2**26, "beginnings_bytes": 2**24, **limits}
     engine = Engine(open_models([str(target) for target in targets]), **options)
     engine.start()
     config = uvicorn.Config(make_app(engine, key), port=0, log_level="error", access_log=False, http="h11", ws="none")
@@ -244,6 +245,129 @@ def test_a_reward_model_scores(compared: Path, tmp_path: Path, tiny_base: Path, 
             client(port).embeddings.create(model="judge", input="x")
 
 
+def test_a_stream_has_what_the_whole_answer_has(base: tuple[int, Engine, Path]) -> None:
+    """However far the engine is ahead of its readers: text, reason, and as many answers as were asked for."""
+    port, _, target = base
+
+    def ask(seed: int) -> None:
+        options: Any = {"model": target.name, "messages": MESSAGES, "seed": seed, "n": 2, "max_tokens": 1 + seed % 7}
+        whole = client(port).chat.completions.create(**options)
+        texts, reasons = ["", ""], [None, None]
+        for part in client(port).chat.completions.create(**options, stream=True):
+            time.sleep(0.002 * (seed % 3))  # a slow reader
+            for choice in part.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        assert [text.strip() for text in texts] == [choice.message.content for choice in whole.choices]
+        assert reasons == [choice.finish_reason for choice in whole.choices]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(40)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_that_fails_leaves_the_others_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a row, and a model that fails in a step: 500 for it, and the next request is answered."""
+    with served(run) as (port, engine):
+        options: Any = {"model": run.name, "messages": MESSAGES, "max_tokens": 3, "temperature": 0}
+        expected = client(port).chat.completions.create(**options).choices[0].message.content
+
+        def no_memory(*args: object) -> None:
+            raise MemoryError("nothing left")
+
+        for owner, name in ((_SlotLayer, "reserve"), (SlotBatch, "step")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, no_memory)
+                with pytest.raises(openai.InternalServerError, match="MemoryError"):
+                    client(port).chat.completions.create(**options)
+            assert client(port).chat.completions.create(**options).choices[0].message.content == expected
+        with monkeypatch.context() as patch:  # what nobody thought of ends the thread, and nobody waits for ever
+            patch.setattr(Engine, "_admit", no_memory)
+            with pytest.raises(openai.InternalServerError, match="MemoryError"):
+                client(port).chat.completions.create(**options)
+            engine._thread.join()
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client(port).chat.completions.create(**options)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 503
+        connection.close()
+
+
+def test_limits_of_memory_and_rows(base: tuple[int, Engine, Path]) -> None:
+    port, engine, target = base
+    body = {"model": target.name, "prompt": "a b", "max_tokens": 400}
+
+    def refused(said: str, **extra: Any) -> None:
+        code, answer = post(port, "/v1/completions", json.dumps({**body, **extra}).encode())
+        assert code == 400 and said in answer["error"]["message"], answer
+
+    refused("8 answers at once", n=9)
+    engine.cache_bytes, before = 2**16, engine.cache_bytes
+    refused("do not fit into memory")
+    engine.cache_bytes = before
+    refused("do not fit into", prompt=[5] * 600, max_tokens=0, echo=True)
+    refused("do not fit into", prompt=["x", "y", "z " * 600], max_tokens=50)
+    assert not engine.active_rows and not engine.waiting
+    assert not any(batch._layers for batch in engine.batches.values())  # no buffers are held for nobody
+
+
+def leave(port: int, path: str, body: dict[str, Any], engine: Engine, rows: int) -> None:
+    """Send a request, and close the connection once it has so many rows."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(b"POST %b HTTP/1.1\r\nhost: localhost\r\n" % path.encode())
+    connection.sendall(b"content-length: %d\r\n\r\n%b" % (len(data), data))
+    while engine.active_rows < rows:
+        time.sleep(0.002)
+    connection.close()
+    deadline = time.monotonic() + 20
+    while (engine.active_rows or engine.waiting) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def test_a_client_that_leaves_several_prompts(run: Path) -> None:
+    with served(run, max_rows=2) as (port, engine):
+        leave(port, "/v1/completions", {"model": run.name, "prompt": ["x"] * 12, "max_tokens": 300}, engine, 2)
+        assert engine.counters.cancelled == 12
+
+
+def test_what_clients_send(base: tuple[int, Engine, Path]) -> None:
+    """Nulls for what is left out, halves of characters, temperatures near zero, and seeds that do not overlap."""
+    port, _, target = base
+
+    def texts(**extra: Any) -> list[str]:
+        body = {"model": target.name, "messages": MESSAGES, "max_tokens": 8, **extra}
+        code, answer = post(port, "/v1/chat/completions", json.dumps(body).encode())
+        assert code == 200, answer
+        return [choice["message"]["content"] for choice in answer["choices"]]
+
+    greedy = texts(temperature=0)
+    assert texts(temperature=0, n=None, stream=None, stop=None, tools=None, tool_choice="none") == greedy
+    assert texts(temperature=1e-320) == texts(temperature=1e-45) == texts(temperature=1e-30) == greedy
+    assert texts(seed=7, n=2)[1] != texts(seed=8)[0] and texts(seed=7, n=2)[0] == texts(seed=7)[0]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("/v1/completions", {"prompt": "\ud800"}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "stop": ["\udc00"]}),
+    ):
+        code, answer = post(port, path, json.dumps({"model": target.name, **body}).encode())
+        assert code == 400 and "half a character" in answer["error"]["message"]
+
+
+def test_offsets_are_those_of_the_text(base: tuple[int, Engine, Path]) -> None:
+    port, _, target = base
+    reply = client(port).completions.create(model=target.name, prompt="a😀b", max_tokens=0, echo=True, logprobs=1)
+    text, logprobs = reply.choices[0].text, reply.choices[0].logprobs
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert text[offset:].startswith(token) or "\ufffd" in token
+    assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == len(text) - 1
+    options: Any = {"model": target.name, "prompt": "a", "max_tokens": 6, "seed": 1, "logprobs": 1}
+    parts = list(client(port).completions.create(**options, stream=True))
+    offsets = [part.choices[0].logprobs.text_offset[0] for part in parts if part.choices[0].logprobs]
+    assert offsets == sorted(offsets) and len(offsets) == 6
+
+
 WORDS = st.sampled_from(
     ["model", "messages", "prompt", "n", "stop", "seed", "stream", "logprobs", "tools", "role", "x"]
 )
@@ -438,6 +562,7 @@ def test_other_paths_and_sizes(base: tuple[int, Engine, Path]) -> None:
         ({"host": "127.0.0.1.evil.example"}, 403),
         ({"host": "localhost", "origin": "https://evil.example"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://["}, 403),
         ({"host": "localhost", "origin": "http://localhost:3000"}, 200),
         ({"host": "["}, 403),
     ],
@@ -459,6 +584,7 @@ def test_with_a_key(tiny_base: Path) -> None:
                 port, "/v1/completions", b"{}", authorization=f"Bearer {wrong}".encode().decode("latin-1")
             )
             assert code == 401 and "s3cret" not in json.dumps(answer)
+        assert post(port, "/v1/completions", b"{}", authorization="s3cret")[0] == 401
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/v1/models", headers={"host": "my.host", "authorization": "Bearer s3cret"})
         assert connection.getresponse().status == 200
@@ -478,17 +604,31 @@ def test_the_command(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
             break
         except openai.APIConnectionError:
             time.sleep(0.05)
-    with ThreadPoolExecutor(1) as pool:
-        options: Any = {"model": str(tiny_base), "messages": [{"role": "user", "content": "SECRET words"}]}
-        answer = pool.submit(lambda: client(port).chat.completions.create(**options, max_tokens=300, temperature=0))
+    options: Any = {"model": str(tiny_base), "messages": [{"role": "user", "content": "SECRET words"}]}
+    with socket.create_connection(("127.0.0.1", port)) as gone:  # leaves before its answer
+        body = json.dumps({**options, "max_tokens": 400}).encode()
+        gone.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
+        gone.sendall(b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        time.sleep(0.1)
+    with ThreadPoolExecutor(2) as pool:
+        long = {**options, "max_tokens": 300, "temperature": 0}
+        answer = pool.submit(lambda: client(port).chat.completions.create(**long))
+        stream = pool.submit(lambda: list(client(port).chat.completions.create(**long, stream=True)))
         time.sleep(0.15)
         os.kill(running.pid, signal.SIGTERM)
         assert answer.result().choices[0].finish_reason in ("length", "stop")
+        assert stream.result()[-1].choices[0].finish_reason in ("length", "stop")
     _, err = running.communicate(timeout=30)
     assert running.returncode in (0, -signal.SIGTERM), err
     assert "serving" in err and "SECRET" not in err and "Traceback" not in err
     code, _, err = inside(capsys, "serve", tiny_base, "--host", "0.0.0.0")  # noqa: S104
     assert code == 2 and "only with a key" in err
+    for key in ("", " "):
+        code, _, err = inside(capsys, "serve", tiny_base, "--host", "0.0.0.0", "--key", key)  # noqa: S104
+        assert code == 2 and "the key is empty" in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = inside(capsys, "serve", tiny_base, "--port", taken.getsockname()[1])
+        assert code == 2 and "nothing can listen" in err
     code, _, err = inside(capsys, "serve", tmp_path / "nowhere")
     assert code == 2
     code, _, err = inside(capsys, "serve", tiny_base, tiny_base)

@@ -10,6 +10,7 @@ Suffixes: B rows of the batch, S slots (without virtual tokens), V vocabulary, K
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,16 +178,39 @@ class SlotBatch:
         for sampling in samplings:
             generator = torch.Generator().manual_seed(sampling.seed)
             joined.append(SlotRow(sampling, ids[-1], len(ids) - 1, generator))
-        first = len(self.rows)
-        self.rows += joined
         if not self._layers:
             states = kv_by_layer or self._packed(np.array(ids[-1:], dtype=np.int64), 0, None)
             self._layers = [_SlotLayer(states[layer]) for layer in sorted(states)]
-        self._reserve()
+        rows, slots = self._buffer_shape(joined)
+        for slot_layer in self._layers:
+            slot_layer.reserve(rows, slots)
+        first = len(self.rows)
         for layer in sorted(kv_by_layer):
             for buffer, part in zip(self._layers[layer].buffers, kv_by_layer[layer], strict=True):
-                buffer[first : len(self.rows), :, : len(ids) - 1] = part
+                buffer[first : first + len(joined), :, : len(ids) - 1] = part
+        # last: where memory was missing, the batch is what it was
+        self.rows += joined
         return joined
+
+    def bytes_with(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> int:
+        """Bytes of keys and values in the buffers if these rows joined."""
+        return self._bytes(*self._buffer_shape(self._rows_of(prompt_tokens, samplings)))
+
+    def bytes_for(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> int:
+        """The same of these rows alone."""
+        rows = self._rows_of(prompt_tokens, samplings)
+        return self._bytes(len(rows), max(row.slot + row.sampling.max_new_tokens for row in rows))
+
+    def _rows_of(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> list[SlotRow]:
+        return [SlotRow(s, 0, max(0, prompt_tokens - 1), torch.Generator()) for s in samplings]
+
+    def _bytes(self, rows: int, slots: int) -> int:
+        shape = self.policy.base.shape
+        return 2 * rows * slots * shape.layers * shape.kv * self.policy.base.compute_dtype.itemsize
+
+    def clear(self) -> None:
+        """Drop all rows and their buffers."""
+        self.rows, self._layers = [], []
 
     def leave(self, row: SlotRow) -> None:
         """Remove a row; the last one takes its place."""
@@ -197,6 +221,8 @@ class SlotBatch:
                     buffer[place] = buffer[last]
             self.rows[place] = self.rows[last]
         self.rows.pop()
+        if not self.rows:  # one long answer must not hold its memory for ever
+            self.clear()
 
     @torch.no_grad()
     def step(self) -> list[tuple[SlotRow, DrawnToken]]:
@@ -225,11 +251,11 @@ class SlotBatch:
             row.last_token, row.slot, row.drawn = token.token, row.slot + 1, row.drawn + 1
         return list(zip(self.rows, drawn, strict=True))
 
-    def _reserve(self) -> None:
-        # room for whole answers at once: buffers that grow with every block would be copied as often
-        slots = max(row.slot + row.sampling.max_new_tokens - row.drawn for row in self.rows)
-        for layer in self._layers:
-            layer.reserve(len(self.rows), -(-slots // SLOT_BLOCK) * SLOT_BLOCK)
+    def _buffer_shape(self, joining: Sequence[SlotRow]) -> tuple[int, int]:
+        """Rows and slots with room for whole answers: buffers that grow with every block would be copied as often."""
+        rows = [*self.rows, *joining]
+        slots = max(row.slot + row.sampling.max_new_tokens - row.drawn for row in rows)
+        return len(rows), -(-slots // SLOT_BLOCK) * SLOT_BLOCK
 
     def _encode(self, ids: np.ndarray) -> KVByLayer:
         """Keys and values of a prompt [1, K, T, D], from the longest beginning that is kept."""
@@ -242,7 +268,9 @@ class SlotBatch:
         if kept is not None:
             beginning = {layer: _first(states, kept_tokens) for layer, states in kept.items()}
         rest = self._packed(ids[kept_tokens:], kept_tokens, beginning)
-        kv_by_layer = concatenate_kv(beginning, rest) if rest else beginning or {}
+        if not rest:  # a view of what is kept: keeping it too would hold the whole
+            return beginning or {}
+        kv_by_layer = concatenate_kv(beginning, rest)
         self.beginnings.add(ids, kv_by_layer)
         return kv_by_layer
 
@@ -264,7 +292,7 @@ def _first(states: KeysValues, tokens: int) -> KeysValues:
 
 
 def draw(logits_BV: Tensor, rows: Sequence[SlotRow]) -> list[DrawnToken]:
-    """The next token of each row, by its own sampling."""
+    """The next token of each row, by its own sampling. Raises `FloatingPointError` for logits that are no numbers."""
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
     tokens_B = logprobs_BV.argmax(dim=-1)
     sampled = [i for i, row in enumerate(rows) if row.sampling.temperature > 0.0]
@@ -279,6 +307,8 @@ def draw(logits_BV: Tensor, rows: Sequence[SlotRow]) -> list[DrawnToken]:
                 weights[k] = nucleus(weights[k], rows[i].sampling.top_p)
         tokens_B[sampled] = invert_distribution(weights, uniform.to(device=logits_BV.device, **options))
     chosen = logprobs_BV.gather(1, tokens_B[:, None])[:, 0].tolist()
+    if any(math.isnan(logprob) for logprob in chosen):
+        raise FloatingPointError("the model's output is not finite")
     tops: list[list[tuple[int, float]]] = [[] for _ in rows]
     for i, row in enumerate(rows):
         if row.sampling.top_logprobs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from starlette.routing import Route
 
 from rung.data.chat import ChatTemplate
 from rung.errors import RungError
-from rung.models.slot_batch import DrawnToken
+from rung.models.slot_batch import DrawnToken, RowSampling
 from rung.serving.answers import AnswerText
 from rung.serving.catalog import ServedModel
 from rung.serving.engine import Chunk, Engine, Job, QueueFullError, StoppedError
@@ -48,6 +49,8 @@ from rung.types import Message
 from rung.web.access import AccessControl, AccessError
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
+BODY_SECONDS, SEND_SECONDS = 30, 60
+"""How long a client may take to send a request, and to read a part of a stream."""
 RETRY_AFTER_SECONDS = 1
 """What a client is told that finds the queue full."""
 
@@ -68,6 +71,7 @@ def make_app(engine: Engine, key: str | None = None) -> Starlette:
     errors: Mapping[Any, Callable[..., Any]] = {
         RequestError: _request_error,
         AccessError: _access_error,
+        ClientDisconnect: _client_has_left,
         HTTPException: _http_error,
         Exception: _other_error,
     }
@@ -80,6 +84,8 @@ class Handlers:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.tokenizing = threading.Lock()
+        """Of threads beside the event loop, in which long prompts would stop everybody."""
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -110,38 +116,49 @@ class Handlers:
             # a model that was trained with passages and is asked without them would be another model
             turns[-1] = replace(turns[-1], content=await asyncio.to_thread(library.prepend_passages, turns[-1].content))
         tools = json.dumps(asked.tools) if asked.tools else None
-        prompt = _prompt_ids(chat, turns, tools)
+        prompt = await asyncio.to_thread(self._prompt_ids, chat, turns, tools)
         count = 0 if not asked.logprobs else asked.top_logprobs or 0
         limit = self._limit(served, prompt, asked.max_new_tokens)
-        answers = [AnswerText(chat, limit, (*served.stop_texts, *(asked.stop or ()))) for _ in range(asked.n)]
-        run = _Running(self.engine, served.name, prompt, asked.samplings(limit, count), answers)
+        samplings = asked.samplings(limit, count)
+        self._require_room(served, prompt, samplings)
+        answers = [AnswerText(chat, limit, (*served.stop_texts, *(asked.stop or ()))) for _ in samplings]
+        run = _Running(self.engine, served.name, prompt, samplings, answers)
         reply = Reply("chat.completion", served.name)
         logprobs, has_tools = bool(asked.logprobs), bool(asked.tools)
         if asked.stream and not has_tools:
-            return EventSourceResponse(_chat_events(run, reply, chat, logprobs, asked.include_usage))
+            return _events(_chat_events(run, reply, chat, logprobs, asked.include_usage))
         await run.finish(request)
         choices = [chat_choice(chat, i, a, logprobs=logprobs, tools=has_tools) for i, a in enumerate(answers)]
         whole = reply.whole(choices, run.usage())
         if asked.stream:  # calls are read from whole answers
-            return EventSourceResponse(_tool_events(reply, whole, asked.include_usage))
+            return _events(_tool_events(reply, whole, asked.include_usage))
         return JSONResponse(whole)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         asked = await _read(request, CompletionRequest)
         served, chat = self._chat(asked)
-        prompts = [_completion_ids(chat, prompt, served) for prompt in asked.prompts()]
+        prompts = [await asyncio.to_thread(self._completion_ids, chat, p, served) for p in asked.prompts()]
         if asked.stream and (len(prompts) > 1 or asked.echo):
             raise RequestError("a stream has one prompt and no echo", param="stream")
         max_tokens = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
         if not max_tokens and not asked.echo:
             raise RequestError("max_tokens 0 needs echo: nothing would be answered", param="max_tokens")
-        runs = [self._completion(asked, served, chat, prompt, max_tokens) for prompt in prompts]
+        for prompt in prompts:  # before the first of them is submitted
+            self._limit(served, prompt, max_tokens)
+        runs: list[_Running] = []
         reply = Reply("text_completion", served.name)
-        if asked.stream:
-            return EventSourceResponse(_completion_events(runs[0], reply, chat, asked))
-        for run in runs:
-            await run.finish(request)
+        try:
+            for number, prompt in enumerate(prompts):
+                runs.append(self._completion(asked, served, chat, prompt, max_tokens, number))
+            if asked.stream:
+                return _events(_completion_events(runs[0], reply, chat, asked))
+            for run in runs:
+                await run.finish(request)
+        except BaseException:
+            for run in runs:
+                run.cancel()
+            raise
         choices = [choice for run in runs for choice in _completion_choices(run, chat, asked)]
         for index, choice in enumerate(choices):
             choice["index"] = index
@@ -156,7 +173,8 @@ class Handlers:
             raise RequestError("this model writes answers: a reward model gives scores", param="model")
         limit, chat = self.engine.batches[served.name].max_tokens, served.model.chat.with_control_tokens(None)
         try:
-            documents = scored_documents(chat, asked.text_1, asked.answers(), limit)
+            with self.tokenizing:
+                documents = scored_documents(chat, asked.text_1, asked.answers(), limit)
         except RungError as error:
             raise RequestError(f"this cannot be scored: {error.summary}", param="text_2") from None
         found: list[float] = []
@@ -171,11 +189,17 @@ class Handlers:
         raise RequestError("the models here write text and have no embeddings", status=404, param="model")
 
     def _completion(
-        self, asked: CompletionRequest, served: ServedModel, chat: ChatTemplate, prompt: list[int], max_tokens: int
+        self,
+        asked: CompletionRequest,
+        served: ServedModel,
+        chat: ChatTemplate,
+        prompt: list[int],
+        max_tokens: int,
+        number: int,
     ) -> _Running:
-        limit = self._limit(served, prompt, max_tokens) if max_tokens else 0
-        samplings = asked.samplings(limit, asked.logprobs or 0) if limit else []
-        answers = [AnswerText(chat, limit, asked.stop or (), is_turn=False) for _ in samplings]
+        samplings = asked.samplings(max_tokens, asked.logprobs or 0, number) if max_tokens else []
+        self._require_room(served, prompt, samplings)
+        answers = [AnswerText(chat, max_tokens, asked.stop or (), is_turn=False) for _ in samplings]
         run: _Running
 
         def compute() -> None:
@@ -200,11 +224,35 @@ class Handlers:
 
     def _limit(self, served: ServedModel, prompt: Sequence[int], wanted: int | None) -> int:
         """Tokens of an answer: as many as were asked for, or by default as there is room for."""
-        room = self.engine.batches[served.name].max_tokens - len(prompt)
-        if room < (wanted or 1):
-            message = f"{len(prompt)} tokens of prompt and {wanted or 1} more do not fit into {room + len(prompt)}"
+        room, least = self.engine.batches[served.name].max_tokens - len(prompt), 1 if wanted is None else wanted
+        if room < least:
+            message = f"{len(prompt)} tokens of prompt and {least} more do not fit into {room + len(prompt)}"
             raise RequestError(message, code="context_length_exceeded")
         return min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted
+
+    def _require_room(self, served: ServedModel, prompt: Sequence[int], samplings: Sequence[RowSampling]) -> None:
+        """Raise `RequestError` for what would not fit if it were alone here."""
+        if len(samplings) > self.engine.max_rows:
+            raise RequestError(f"this server generates {self.engine.max_rows} answers at once", param="n")
+        batch = self.engine.batches[served.name]
+        if samplings and batch.bytes_for(len(prompt), samplings) > self.engine.cache_bytes:
+            raise RequestError("so many answers of this length do not fit into memory", param="n")
+
+    def _prompt_ids(self, chat: ChatTemplate, turns: Sequence[Message], tools: str | None) -> list[int]:
+        try:
+            with self.tokenizing:
+                return chat.prompt_ids(turns, tools=tools)
+        except RungError as error:
+            raise RequestError(f"the template refuses these messages: {error.summary}", param="messages") from None
+
+    def _completion_ids(self, chat: ChatTemplate, prompt: str | list[int], served: ServedModel) -> list[int]:
+        if isinstance(prompt, str):
+            with self.tokenizing:
+                prompt = chat.encode([prompt])[0]
+        vocabulary = served.model.policy.base.vocab_size
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+            raise RequestError(f"a prompt has at least one token, each below {vocabulary}", param="prompt")
+        return prompt
 
 
 class _Running:
@@ -231,7 +279,6 @@ class _Running:
                 loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
 
         self.job = Job(model, prompt, samplings, answers, on_chunk, compute)
-        self.is_computing = not samplings
         try:
             engine.submit(self.job)
         except QueueFullError:
@@ -240,19 +287,22 @@ class _Running:
             raise RequestError("the server is shutting down", status=503) from None
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Chunks until every answer has ended; leaving early cancels the job."""
-        ended = 0
+        """Chunks to the last one; leaving early cancels the job."""
+        is_complete = False
         try:
-            while self.is_computing or ended < len(self.answers):
+            while not is_complete:
                 chunk = await self.chunks.get()
+                is_complete = chunk.is_last
                 if chunk.error is not None:
                     raise RequestError(chunk.error, status=500)
-                self.is_computing = False
-                ended = sum(answer.finish_reason is not None for answer in self.answers)
                 yield chunk
         finally:
-            if not self.job.is_finished:
-                self.engine.cancel(self.job)
+            if not is_complete:
+                self.cancel()
+
+    def cancel(self) -> None:
+        """Drop what is not answered yet."""
+        self.engine.cancel(self.job)
 
     async def finish(self, request: Request) -> None:
         """Wait for all answers, or until the client has left."""
@@ -293,12 +343,11 @@ async def _chat_events(
         for i in range(len(run.answers))
     ]
     yield json.dumps(reply.chunk(role))
-    ended: set[int] = set()
     async for chunk in _streamed(run):
         if chunk.error is not None:
             yield json.dumps(RequestError(chunk.error, status=500).body())
             return
-        reason = run.answers[chunk.index].finish_reason if _is_last(run, chunk, ended) else None
+        reason = chunk.finish_reason
         choice: dict[str, Any] = {"index": chunk.index, "delta": {"content": chunk.text}, "finish_reason": reason}
         if logprobs and chunk.drawn is not None:
             choice["logprobs"] = chat_logprobs(chat, [chunk.drawn])
@@ -324,15 +373,16 @@ async def _tool_events(reply: Reply, whole: Mapping[str, Any], include_usage: bo
 async def _completion_events(
     run: _Running, reply: Reply, chat: ChatTemplate, asked: CompletionRequest
 ) -> AsyncIterator[str]:
-    ended: set[int] = set()
+    place = 0
     async for chunk in _streamed(run):
         if chunk.error is not None:
             yield json.dumps(RequestError(chunk.error, status=500).body())
             return
-        reason = run.answers[chunk.index].finish_reason if _is_last(run, chunk, ended) else None
+        reason = chunk.finish_reason
         choice: dict[str, Any] = {"index": chunk.index, "text": chunk.text, "finish_reason": reason, "logprobs": None}
         if asked.logprobs is not None and chunk.drawn is not None:
-            choice["logprobs"] = completion_logprobs(chat, [chunk.drawn], None)
+            choice["logprobs"] = completion_logprobs(chat, [chunk.drawn], None, start=place)
+            place += len(chunk.text)
         if chunk.text or reason or asked.logprobs is not None:
             yield json.dumps(reply.chunk([choice]))
     if asked.include_usage:
@@ -349,15 +399,6 @@ async def _streamed(run: _Running) -> AsyncIterator[Chunk]:
         yield Chunk(0, error=error.message)
 
 
-def _is_last(run: _Running, chunk: Chunk, ended: set[int]) -> bool:
-    """Whether a chunk is the last one of its answer: the engine may be ahead of the stream."""
-    answer = run.answers[chunk.index]
-    if chunk.index in ended or answer.finish_reason is None or chunk.drawn is not answer.tokens[-1]:
-        return False
-    ended.add(chunk.index)
-    return True
-
-
 def _completion_choices(run: _Running, chat: ChatTemplate, asked: CompletionRequest) -> list[dict[str, Any]]:
     echoed = chat.decode([run.prompt], mid_document=True)[0] if asked.echo else ""
     choices = []
@@ -366,7 +407,7 @@ def _completion_choices(run: _Running, chat: ChatTemplate, asked: CompletionRequ
         logprobs = None
         if asked.logprobs is not None:
             drawn = [*run.prompt_tokens, *(answer.tokens if answer is not None else ())]
-            logprobs = completion_logprobs(chat, drawn, run.prompt[0], 0 if asked.echo else len(echoed))
+            logprobs = completion_logprobs(chat, drawn, run.prompt[0])
         text = echoed + (answer.text if answer is not None else "")
         reason = answer.finish_reason if answer is not None else "length"
         choices.append({"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs})
@@ -375,15 +416,22 @@ def _completion_choices(run: _Running, chat: ChatTemplate, asked: CompletionRequ
 
 async def _read(request: Request, kind: type[Parsed]) -> Parsed:
     """The body as a request. Raises `RequestError` for anything else."""
-    body = await request.body()
+    try:
+        body = await asyncio.wait_for(request.body(), BODY_SECONDS)
+    except TimeoutError:
+        raise RequestError("the body did not come", status=408) from None
     try:
         data = json.loads(body)
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("a text holds half a character") from None
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON") from None
     if not isinstance(data, dict):
         raise RequestError("the body is no JSON object")
     try:
-        return kind.model_validate(data)
+        # clients send null for what they leave out
+        return kind.model_validate({name: value for name, value in data.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -392,25 +440,8 @@ async def _read(request: Request, kind: type[Parsed]) -> Parsed:
         raise RequestError("the body is nested too deeply") from None
 
 
-def _prompt_ids(chat: ChatTemplate, turns: Sequence[Message], tools: str | None) -> list[int]:
-    try:
-        return chat.prompt_ids(turns, tools=tools)
-    except RungError as error:
-        raise RequestError(f"the template refuses these messages: {error.summary}", param="messages") from None
-
-
-def _completion_ids(chat: ChatTemplate, prompt: str | list[int], served: ServedModel) -> list[int]:
-    if isinstance(prompt, str):
-        try:
-            ids = chat.encode([prompt])[0]
-        except (RungError, UnicodeEncodeError):
-            raise RequestError("the prompt is no text that can be tokenized", param="prompt") from None
-    else:
-        ids = prompt
-    vocabulary = served.model.policy.base.vocab_size
-    if not ids or not all(0 <= token < vocabulary for token in ids):
-        raise RequestError(f"a prompt has at least one token, each below {vocabulary}", param="prompt")
-    return ids
+def _events(parts: AsyncIterator[str]) -> EventSourceResponse:
+    return EventSourceResponse(parts, send_timeout=SEND_SECONDS)
 
 
 def _card(name: str) -> dict[str, Any]:
@@ -447,6 +478,10 @@ def _refused(error: AccessError) -> Response:
 async def _access_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AccessError)  # noqa: S101 -- registered for this class
     return _refused(error)
+
+
+async def _client_has_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # as nginx logs it; nobody reads it
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

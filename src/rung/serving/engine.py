@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from rung.console import print_status
 from rung.models.slot_batch import DrawnToken, RowSampling, SlotBatch, SlotRow
-from rung.serving.answers import AnswerText
+from rung.serving.answers import AnswerText, FinishReason
 from rung.serving.catalog import ServedModel
 
 
@@ -34,6 +34,10 @@ class Chunk:
     index: int
     text: str = ""
     drawn: DrawnToken | None = None
+    finish_reason: FinishReason | None = None
+    """Of the last chunk of an answer."""
+    is_last: bool = False
+    """Whether nothing of the request follows."""
     error: str | None = None
 
 
@@ -50,11 +54,8 @@ class Job:
     """Called in the engine's thread before the answers begin, for what needs the model."""
     submitted: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every answer has ended."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+    running: int = 0
+    """Answers that are being generated."""
 
 
 @dataclass
@@ -75,9 +76,15 @@ class Engine:
     """Runs the models of a server in one thread of its own."""
 
     def __init__(
-        self, models: Mapping[str, ServedModel], *, max_rows: int, max_waiting: int, beginnings_bytes: int
+        self,
+        models: Mapping[str, ServedModel],
+        *,
+        max_rows: int,
+        max_waiting: int,
+        cache_bytes: int,
+        beginnings_bytes: int,
     ) -> None:
-        self.models, self.max_rows, self.max_waiting = models, max_rows, max_waiting
+        self.models, self.max_rows, self.max_waiting, self.cache_bytes = models, max_rows, max_waiting, cache_bytes
         self.batches = {
             name: SlotBatch(m.model.policy, beginnings_bytes=beginnings_bytes // len(models))
             for name, m in models.items()
@@ -113,7 +120,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Queue a request. Raises `QueueFullError` or `StoppedError`."""
         with self._wake:
-            if self._is_stopping:
+            if self._is_stopping or not self._thread.is_alive():
                 raise StoppedError
             if len(self.waiting) >= self.max_waiting:
                 self.counters.refused += 1
@@ -129,80 +136,102 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                for name, batch in self.batches.items():
+                    if batch.rows:
+                        self._step(name, batch)
+        except BaseException as error:
+            # nobody else would wake the handlers that wait
             with self._wake:
-                while not (self.waiting or self._running or self._is_stopping):
-                    self._wake.wait()
-                if self._is_stopping and not (self.waiting or self._running):
-                    return
-            self._drop_cancelled()
-            self._admit()
-            for name, batch in self.batches.items():
-                if batch.rows:
-                    self._step(name, batch)
+                jobs = [*self.waiting, *(job for job, _ in self._running.values())]
+                self.waiting.clear()
+                self._running.clear()
+            for job in dict.fromkeys(jobs):
+                self._fail(job, error)
+            raise
+
+    def _wait_for_work(self) -> bool:
+        """Wait for requests; False once the server stops and nothing is left."""
+        with self._wake:
+            while not (self.waiting or self._running or self._is_stopping):
+                self._wake.wait()
+            return bool(self.waiting or self._running)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            gone = [job for job in self.waiting if job.is_cancelled]
-            for job in gone:
+            waiting = [job for job in self.waiting if job.is_cancelled]
+            for job in waiting:
                 self.waiting.remove(job)
-        rows = [row for row, (job, _) in self._running.items() if job.is_cancelled]
-        for row in rows:
-            job, _ = self._running.pop(row)
+        rows = [(row, job) for row, (job, _) in self._running.items() if job.is_cancelled]
+        for row, job in rows:
+            del self._running[row]
             self.batches[job.model].leave(row)
-            if not any(other is job for other, _ in self._running.values()):
-                gone.append(job)
-        self.counters.cancelled += len(gone)
+        self.counters.cancelled += len({id(job) for job in (*waiting, *(job for _, job in rows))})
 
     def _admit(self) -> None:
-        """Let requests join in their order while there are rows; one with more answers than rows joins alone."""
+        """Let requests join in their order while there are rows and memory for them."""
         while True:
             with self._wake:
-                if not self.waiting:
+                if not self.waiting or not self._has_room(self.waiting[0]):
                     return
-                job = self.waiting[0]
-                if self._running and len(self._running) + len(job.samplings) > self.max_rows:
-                    return
-                self.waiting.popleft()
+                job = self.waiting.popleft()
+            if job.is_cancelled:
+                self.counters.cancelled += 1
+                continue
             self.counters.wait_seconds += time.monotonic() - job.submitted
             self.counters.prompt_tokens += len(job.prompt)
             try:
                 self._join(job)
             except Exception as error:  # one request must not end the others
                 self._fail(job, error)
+            if job.compute is not None:  # a long one stops everybody: the others go on between two of them
+                return
+
+    def _has_room(self, job: Job) -> bool:
+        if not self._running or not job.samplings:
+            return True
+        fits = self.batches[job.model].bytes_with(len(job.prompt), job.samplings) <= self.cache_bytes
+        return fits and len(self._running) + len(job.samplings) <= self.max_rows
 
     def _join(self, job: Job) -> None:
         if job.compute is not None:
             job.compute()
         if not job.samplings:
-            job.on_chunk(Chunk(0))
+            job.on_chunk(Chunk(0, is_last=True))
             return
-        for index, row in enumerate(self.batches[job.model].join(job.prompt, job.samplings)):
-            self._running[row] = job, index
+        rows = self.batches[job.model].join(job.prompt, job.samplings)
+        job.running = len(rows)
+        self._running |= {row: (job, index) for index, row in enumerate(rows)}
 
     def _step(self, name: str, batch: SlotBatch) -> None:
         try:
-            drawn = batch.step()
+            for row, token in batch.step():
+                self._deliver(batch, row, token)
         except Exception as error:
-            failed = [(row, job) for row, (job, _) in self._running.items() if job.model == name]
-            for row, job in failed:
+            failed = {row: job for row, (job, _) in self._running.items() if job.model == name}
+            for row in failed:
                 del self._running[row]
-                batch.leave(row)
+            batch.clear()
+            for job in dict.fromkeys(failed.values()):
                 self._fail(job, error)
-            return
-        for row, token in drawn:
-            job, index = self._running[row]
-            answer = job.answers[index]
-            text = answer.add(token)
-            self.counters.generated_tokens += 1
-            if answer.finish_reason is not None:
-                batch.leave(row)
-                del self._running[row]
-                self.counters.answers += 1
-            job.on_chunk(Chunk(index, text, token))
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _deliver(self, batch: SlotBatch, row: SlotRow, token: DrawnToken) -> None:
+        job, index = self._running[row]
+        answer = job.answers[index]
+        text, reason = answer.add(token), answer.finish_reason
+        self.counters.generated_tokens += 1
+        if reason is not None:
+            batch.leave(row)
+            del self._running[row]
+            job.running -= 1
+            self.counters.answers += 1
+        job.on_chunk(Chunk(index, text, token, reason, is_last=not job.running))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
         # the message may hold the prompt: the log gets the kind of the error alone
         print_status(f"a request failed: {type(error).__name__}")
         job.is_cancelled = True
-        job.on_chunk(Chunk(0, error=f"the model failed: {type(error).__name__}"))
+        job.on_chunk(Chunk(0, error=f"the model failed: {type(error).__name__}", is_last=True))

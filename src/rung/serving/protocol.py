@@ -12,13 +12,16 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rung.data.chat import ChatTemplate
 from rung.models.slot_batch import DrawnToken, RowSampling
-from rung.serving.answers import AnswerText
+from rung.serving.answers import HALF_CHARACTER, AnswerText
 from rung.types import Message
 
+MIN_TEMPERATURE = 1e-5
+"""Below it answers are greedy: logits divided by less overflow."""
 MAX_ANSWERS, MAX_TOP_LOGPROBS, MAX_STOPS = 64, 20, 16
 DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer where the request says nothing, as in `rung generate`."""
@@ -45,7 +48,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "ignore_eos": (False,),
-        "tool_choice": ("auto",),
+        "tool_choice": ("auto", "none"),
     },
     **{"parallel_tool_calls": (True,), "skip_special_tokens": (True,)},
 }
@@ -79,7 +82,10 @@ class GenerationRequest(BaseModel):
 
     def refuse_unknown(self) -> None:
         """Raise `RequestError` for a field that would not be followed."""
-        for name, value in (self.model_extra or {}).items():
+        extra = self.model_extra or {}
+        if extra.get("tool_choice") == "none" and getattr(self, "tools", None):
+            raise RequestError("leave `tools` out where none may be called", param="tool_choice")
+        for name, value in extra.items():
             if name in IGNORED or value is None or (name in NEUTRAL and value in NEUTRAL[name]):
                 continue
             raise RequestError(f"this server does not have `{name}`: leave it out", param=name)
@@ -92,14 +98,17 @@ class GenerationRequest(BaseModel):
         """Whether a stream ends with the numbers of tokens."""
         return bool((self.stream_options or {}).get("include_usage"))
 
-    def samplings(self, max_new_tokens: int, top_logprobs: int) -> list[RowSampling]:
-        """One for each answer; without a seed each request draws another one."""
+    def samplings(self, max_new_tokens: int, top_logprobs: int, prompt_number: int = 0) -> list[RowSampling]:
+        """One for each answer to a prompt; without a seed each request draws another one."""
         temperature = 1.0 if self.temperature is None else float(self.temperature)
-        seed = uuid.uuid4().int if self.seed is None else self.seed
+        temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
         top_p = 1.0 if self.top_p is None else float(self.top_p)
-        return [
-            RowSampling(max_new_tokens, temperature, top_p, (seed + i) % 2**63, top_logprobs) for i in range(self.n)
+        seed = uuid.uuid4().int if self.seed is None else self.seed % 2**64
+        # hashed: the second answer of one seed must not be the first of the next one
+        seeds = [
+            np.random.SeedSequence([seed, prompt_number, i]).generate_state(1, np.uint64)[0] for i in range(self.n)
         ]
+        return [RowSampling(max_new_tokens, temperature, top_p, int(s) % 2**63, top_logprobs) for s in seeds]
 
 
 class ChatMessage(BaseModel):
@@ -213,11 +222,11 @@ def token_text(chat: ChatTemplate, token: int) -> str:
 
 
 def chat_logprobs(chat: ChatTemplate, tokens: Sequence[DrawnToken]) -> dict[str, Any]:
-    """The `logprobs` of a chat completion."""
+    """The `logprobs` of a chat completion; a token that is part of a character has no bytes of its own here."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = token_text(chat, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if HALF_CHARACTER in text else list(text.encode())}
 
     return {
         "content": [{**entry(t.token, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]} for t in tokens],
@@ -230,16 +239,20 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """The `logprobs` of a completion. `first_token` is that of an echoed prompt, which nothing predicts."""
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    place = start
+    place, parts = start, list[int]()
     for t in tokens:
-        text = token_text(chat, t.token if t is not None else int(first_token or 0))
-        found["tokens"].append(text)
+        token = t.token if t is not None else int(first_token or 0)
+        found["tokens"].append(token_text(chat, token))
         found["token_logprobs"].append(None if t is None else t.logprob)
         # several tokens may have one text, such as halves of characters: the most probable one keeps it
-        tops = None if t is None else {token_text(chat, token): logprob for token, logprob in reversed(t.top)}
+        tops = None if t is None else {token_text(chat, other): logprob for other, logprob in reversed(t.top)}
         found["top_logprobs"].append(tops)
         found["text_offset"].append(place)
-        place += len(text)
+        # a character may come in several tokens: all of them begin where it does
+        parts.append(token)
+        text = chat.decode([parts], mid_document=True)[0]
+        if not text.endswith(HALF_CHARACTER):
+            place, parts = place + len(text), []
     return found
 
 

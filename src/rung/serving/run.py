@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rung.console import print_status
@@ -15,6 +17,7 @@ SHUTDOWN_SECONDS = 60
 """How long a stop waits for the answers that were begun."""
 HEADER_BYTES = 32 * 2**10
 KEEP_ALIVE_SECONDS = 30
+MAX_CONNECTIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class ServeRequest:
     """Answers that are generated at once."""
     max_waiting: int = 128
     """Requests that may wait."""
+    cache_bytes: int = 4 * 2**30
+    """Memory for the keys and values of answers that are being generated."""
     beginnings_bytes: int = 256 * 2**20
     """Memory for the keys and values of beginnings of earlier prompts."""
 
@@ -38,32 +43,51 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
 
     Raises `ConfigError` for an address beyond this machine without a key, and as `open_models`.
     """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise PlanError("serving needs a web server", given="serve", hint="pip install 'rung[serve]'") from error
-    from rung.serving.app import make_app
-    from rung.serving.catalog import open_models
-    from rung.serving.engine import Engine
+    if find_spec("uvicorn") is None or find_spec("sse_starlette") is None:
+        raise PlanError("serving needs a web server", given="serve", hint="pip install 'rung[serve]'")
     from rung.web.access import is_loopback
 
-    key = request.key or os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE) if request.key is None else request.key
+    if key is not None and not key.strip():
+        hint = "unset it to serve this machine alone"
+        raise ConfigError("the key is empty", where=f"--key or {KEY_VARIABLE}", hint=hint)
     if key is None and not is_loopback(request.host):
         hint = f"set --key or {KEY_VARIABLE}"
         raise ConfigError("other machines may ask only with a key", where="--host", given=request.host, hint=hint)
+    with _listen(request) as listening:  # before minutes of loading
+        _serve_at(listening, targets, request, key)
+
+
+def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRequest, key: str | None) -> None:
+    import uvicorn
+    from sse_starlette.sse import AppStatus
+
+    from rung.serving.app import make_app
+    from rung.serving.catalog import open_models
+    from rung.serving.engine import Engine
+
     models = open_models(targets)
-    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting}
+    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting, "cache_bytes": request.cache_bytes}
     engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
     engine.start()
-    options: dict[str, Any] = {"host": request.host, "port": request.port, "http": "h11", "ws": "none"}
+    # streams that were begun are finished: by default sse-starlette would end them at SIGTERM
+    AppStatus.enable_automatic_graceful_drain = False
+    options: dict[str, Any] = {"http": "h11", "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
     options |= {"log_level": "warning", "access_log": False, "h11_max_incomplete_event_size": HEADER_BYTES}
     options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
-    config = uvicorn.Config(make_app(engine, key), **options)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, key), **options))
     print_status(f"serving {', '.join(models)} at http://{request.host}:{request.port}/v1")
     try:
-        server.run()
+        server.run(sockets=[listening])
     finally:
         engine.stop()
-    if not server.started:
-        raise ConfigError("the address is in use", where="--port", given=request.port)
+
+
+def _listen(request: ServeRequest) -> socket.socket:
+    """The socket of the server. Raises `ConfigError` for an address that cannot be listened at."""
+    family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
+    try:
+        return socket.create_server((request.host, request.port), family=family)
+    except OSError as error:
+        summary = f"nothing can listen at this address: {error.strerror or error}"
+        raise ConfigError(summary, where="--host, --port", given=f"{request.host}:{request.port}") from error

@@ -67,11 +67,13 @@ class AccessControl:
         if self.key is None:
             if not is_loopback(_host(headers.get("host", ""))):
                 return AccessError("without a key this server answers this machine alone", 403)
-            if (origin := headers.get("origin")) is not None and not is_loopback(urlsplit(origin).hostname or ""):
+            if (origin := headers.get("origin")) is not None and not is_loopback(_host(origin.partition("//")[2])):
                 return AccessError("without a key this server answers no pages of other hosts", 403)
             return None
-        given = headers.get("authorization", "").removeprefix("Bearer ")
-        if path != "/health" and not hmac.compare_digest(given.encode(), self.key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # headers come as latin-1, whatever bytes they are
+        is_right = hmac.compare_digest(given.encode("latin-1"), self.key.encode()) and scheme.lower() == "bearer"
+        if path != "/health" and not is_right:
             return AccessError("this key is wrong, or there is none", 401, "invalid_api_key")
         return None
 
