@@ -231,3 +231,37 @@ def test_a_model_written_tensor_by_tensor_is_that_of_transformers(
     assert (len(files) > 1) == (shard_bytes == 30_000) == (ours / "model.safetensors.index.json").exists()
     again = AutoModelForCausalLM.from_pretrained(ours)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_files_beside_the_model_are_not_read(base: Callable[..., Path]) -> None:
+    """What transformers does not read: an optimizer's state with equal names, another tool's copy, an adapter."""
+    folder = base("llama")
+    expected = read_all(in_files(folder).model, 2)
+    weights = load_file(folder / "model.safetensors")
+    for name in ("optimizer", "z_old", "consolidated", "adapter_model"):
+        save_file({k: v + 1.0 for k, v in weights.items()}, folder / f"{name}.safetensors")
+    found = read_all(in_files(folder).model, 2)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_tied_weights_that_differ_are_refused(split: bool, base: Callable[..., Path]) -> None:
+    """transformers keeps them apart; in parts one of them would take the place of the other."""
+    folder = base("llama", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    for head, is_equal in ((embeddings.clone(), True), (embeddings + 1.0, False)):
+        files = {"model.safetensors": {**weights, "lm_head.weight": head}}
+        if split:
+            (folder / "model.safetensors").unlink(missing_ok=True)
+            files = {"model-1.safetensors": weights, "model-2.safetensors": {"lm_head.weight": head}}
+            weight_map = {name: file for file, tensors in files.items() for name in tensors}
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for file, tensors in files.items():
+            save_file(tensors, folder / file)
+        if is_equal:
+            assert torch.equal(read_all(in_files(folder, dtype="float32").model, 2)["model.embed_tokens.weight"], embeddings)
+        else:
+            with pytest.raises(PlanError, match="the config ties"):
+                in_files(folder, dtype="float32")

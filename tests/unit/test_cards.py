@@ -28,7 +28,7 @@ from rung.planning.advise import CANDIDATE_BUDGETS, Advice, advise, assumed_micr
 from rung.planning.architecture import read_shape
 from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
 from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, MicroBatch, estimate_memory
-from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token
+from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token, method_cost
 from rung.planning.recomputation import layers_to_offload, layers_to_recompute
 from rung.planning.throughput import throughput_for
 from rung.training import memory_use, micro_batch, optimizer
@@ -153,22 +153,27 @@ def test_a_run_that_processes_cannot_share_has_no_plan(model: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", ["8b", "70b"])
+@pytest.mark.parametrize(("kind", "layers"), [("qlora", None), ("lora", "last"), ("lora", "20-31")])
 @pytest.mark.parametrize("memory", [24, 45, 80, 141])
-def test_the_longer_a_document_the_more_of_it_leaves_the_card(shape: str, memory: int, model: Any) -> None:
+def test_the_longer_a_document_the_more_of_it_leaves_the_card(
+    shape: str, memory: int, kind: str, layers: str | None, model: Any
+) -> None:
     """First layers are computed again, then their inputs wait on the host; what is planned fits, or nothing is left."""
-    config, device = config_of(model(shape), "qlora"), replace(DEVICES["h100"], memory=memory * 10**9)
+    method = {"kind": kind, **({} if layers is None else {"layers": layers})}
+    config, device = config_of(model(shape), kind, method=method), replace(DEVICES["h100"], memory=memory * 10**9)
     size, before = read_shape(config.model), (0, 0)
+    lowest = min(method_cost(config.method, size).lowest_layer, size.layers)
     budget, limit = auto_budget(config, size, device)
     if budget <= MIN_TOKENS:
         return
     for tokens in (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072):
-        options: Any = {"compute": "bfloat16", "device": "cuda", "limit": limit}
+        options: Any = {"compute": "bfloat16", "device": "cuda", "limit": limit, "lowest": lowest}
         counts = tuple(len(rule(size, tokens, **options)) for rule in (layers_to_recompute, layers_to_offload))
-        assert counts >= before and (counts[1] == 0 or counts[0] == size.layers)
+        assert counts >= before and (counts[1] == 0 or counts[0] == size.layers - lowest)
         before = counts
         batch = MicroBatch("bfloat16", tokens, tokens // 2, documents=1, device="cuda", document_bytes=limit)
         fits = estimate_memory(config, size, batch).required_bytes <= device.memory
-        assert fits or counts == (size.layers, size.layers)
+        assert fits or counts == (size.layers - lowest,) * 2
 
 
 def test_the_table_of_documents_is_that_of_the_plan(model: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,9 +73,17 @@ def is_in_parts(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: those of the index, else `model.safetensors`, whatever lies beside them."""
+    if (index := folder / INDEX_FILE).is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def headers_digest(folder: Path) -> str:
     """SHA-256 over names, sizes and headers of a folder's safetensors files, without their data."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     described = [(file.name, file.stat().st_size, read_safetensors_header(file)) for file in files]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -109,7 +118,11 @@ def leave_in_files(
     for name, source in _stored_tensors(folder, loaded, device).items():
         target = _name_in_model(model, name, expected)
         if target is not None and tuple(expected[target].shape) == source.shape:
-            sources[id(expected[target])] = source
+            first = sources.setdefault(id(expected[target]), source)
+            if not _are_equal(first, source):
+                summary = f"the config ties {first.name} and {source.name}, and the file has different values for them"
+                hint = "set tie_word_embeddings: false in the base's config.json, or leave model.sharded out"
+                raise PlanError(summary, where="model.sharded", given=str(folder), hint=hint)
         elif target is not None:
             mismatched.append(name)
         elif not any(pattern.search(name) for pattern in ignored):
@@ -133,6 +146,23 @@ def leave_in_files(
             if id(value) not in read:
                 read[id(value)] = _read_whole(value, source)
             _replace(model, name, read[id(value)])
+
+
+def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors of files have the same bytes; a tensor is equal to itself."""
+    if first is second:
+        return True
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    size = math.prod(first.shape) * first.dtype.itemsize
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        for start in range(0, size, READ_BYTES):
+            count = min(READ_BYTES, size - start)
+            if one.read(count) != other.read(count):
+                return False
+    return True
 
 
 def read_rows(source: StoredTensor, rows: slice | None, out: Tensor) -> None:
@@ -233,7 +263,7 @@ def _name_in_model(model: PreTrainedModel, name: str, expected: Collection[str])
 
 def _stored_tensors(folder: Path, loaded: torch.dtype, device: torch.device) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         _, data_start = read_safetensors_header(file)
         for name, entry in check_safetensors(file).items():
             if entry["dtype"] not in _DTYPES:

@@ -18,9 +18,12 @@ CUDA_FRAGMENTATION = 0.10
 measured)."""
 
 
-def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int) -> int:
-    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers."""
-    return tokens * activation_bytes_per_token(shape, compute, device="cuda")
+def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int, *, lowest: int = 0) -> int:
+    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers.
+
+    Layers below `lowest` store nothing, neither in the micro-batch nor in the document.
+    """
+    return tokens * activation_bytes_per_token(shape, compute, lowest=lowest, device="cuda")
 
 
 def scratch_bytes_per_token(shape: ModelShape, compute: str, device: str = "cpu") -> int:
@@ -56,7 +59,7 @@ def layers_to_recompute(
     saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
     if tokens * trained_layers * layer_bytes <= limit:
         return range(lowest, lowest)
-    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, limit, device)
+    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, limit, device, lowest)
     return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
 
 
@@ -77,15 +80,15 @@ def layers_to_offload(
     if limit is None or device == "cpu" or len(recomputed) < shape.layers - lowest:
         return range(lowest, lowest)
     input_bytes = tokens * DTYPE_BYTES[compute] * shape.width
-    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, limit, device))
+    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, limit, device, lowest))
     return range(lowest, lowest + min(len(recomputed), -(-excess_bytes // input_bytes)))
 
 
-def _room(shape: ModelShape, tokens: int, compute: str, limit: int, device: str) -> int:
+def _room(shape: ModelShape, tokens: int, compute: str, limit: int, device: str, lowest: int) -> int:
     """Bytes that are left for the activations of a document that recomputes layers."""
     if device == "cpu":
         return limit
-    fitting_tokens = limit // activation_bytes_per_token(shape, compute, device=device)
+    fitting_tokens = limit // max(1, activation_bytes_per_token(shape, compute, lowest=lowest, device=device))
     # the head stores three vectors a learned token, all of them here
     head = 3 * DTYPE_BYTES[compute] * shape.width / (1.0 + CUDA_FRAGMENTATION)
     other = int(scratch_bytes_per_token(shape, compute, device) + head)
