@@ -261,7 +261,8 @@ def test_tied_weights_that_differ_are_refused(split: bool, base: Callable[..., P
         for file, tensors in files.items():
             save_file(tensors, folder / file)
         if is_equal:
-            assert torch.equal(read_all(in_files(folder, dtype="float32").model, 2)["model.embed_tokens.weight"], embeddings)
+            found = read_all(in_files(folder, dtype="float32").model, 2)
+            assert torch.equal(found["model.embed_tokens.weight"], embeddings)
         else:
             with pytest.raises(PlanError, match="the config ties"):
                 in_files(folder, dtype="float32")
