@@ -121,6 +121,14 @@ def test_where_the_rotary_function_is_replaced(shape: str) -> None:
     assert not FusedRotary.disabled
 
 
+def test_a_norm_returns_no_view(as_on_a_card: Callable[[], None]) -> None:
+    """FSDP warns of outputs that are views: an operation in place would lose its hooks."""
+    for _ in range(2):
+        y = fused_ops.rms_norm(torch.randn(1, 5, 8, requires_grad=True), torch.ones(8), 1e-6)
+        assert y.shape == (1, 5, 8) and not y._is_view()
+        as_on_a_card()
+
+
 def test_another_rotation_keeps_its_function() -> None:
     def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         turned = [torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) for x in (q, k)]

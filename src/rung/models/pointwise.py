@@ -10,7 +10,7 @@ Every function is pure and runs outside autograd. Suffixes: N rows (tokens), H w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -71,17 +71,24 @@ def _by_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.reshape(-1, tensor.shape[-1]) if on_card(tensor) else tensor for tensor in tensors)
 
 
+def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows in the shape of the input, and no view: FSDP's hooks on a module's output would be lost with one."""
+    if rows.shape == torch.Size(shape):
+        return rows
+    return torch.ops.aten._unsafe_view(rows, list(shape))  # type: ignore[no-any-return]
+
+
 def scale_normalized(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """(offset + weight) * x * rstd, in the type in which transformers returns it."""
     x_NH, rstd_N1 = _by_rows(x, rstd)
-    return _scaled_rows(x_NH, rstd_N1, weight, offset).view(x.shape)
+    return _shaped(_scaled_rows(x_NH, rstd_N1, weight, offset), x.shape)
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """The output of `rms_norm`, and 1 / rms of each row."""
     (x_NH,) = _by_rows(x)
     y, rstd = _normalized_rows(x_NH, weight, eps, offset)
-    return y.view(x.shape), rstd.view(*x.shape[:-1], 1)
+    return _shaped(y, x.shape), _shaped(rstd, (*x.shape[:-1], 1))
 
 
 def normalize_backward(
@@ -90,7 +97,7 @@ def normalize_backward(
     """The gradients of input and weight of `normalize`."""
     grad_NH, x_NH, rstd_N1 = _by_rows(grad, x, rstd)
     d_x, d_weight = _rows_backward(grad_NH, x_NH, weight, rstd_N1, offset, needs_x, needs_weight)
-    return None if d_x is None else d_x.view(x.shape), d_weight
+    return None if d_x is None else _shaped(d_x, x.shape), d_weight
 
 
 @pointwise
