@@ -203,7 +203,7 @@ def auto_budget(config: RunConfig, shape: ModelShape, device: Device | None, pro
     most = CANDIDATE_BUDGETS["cuda"][-1] if is_probed else CUDA_TOKENS
     # A document may be longer than any budget is worth, and keeps everything while that fits.
     longest = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config), most=LONGEST_DOCUMENT)
-    return min(longest, most), document_bytes_that_fit(shape, compute, longest)
+    return min(longest, most), document_bytes_that_fit(config, shape, compute, longest)
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None, processes: int = 1) -> MicroBatch:
