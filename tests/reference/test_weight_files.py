@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import weakref
@@ -228,6 +229,29 @@ def test_bases_without_files_of_their_own_are_refused(
     monkeypatch.setattr(load, "convert_gguf_once", lambda file: None)
     with pytest.raises(PlanError, match="no room to convert"):
         in_files(gguf)
+
+
+def test_a_run_as_base_is_hashed_by_the_first_process_alone(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    base("llama").rename(run / "model")
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (run / "model").iterdir()}
+    (run / "model" / "manifest.json").write_text(json.dumps({"files": sums}))
+    (run / "run.json").write_text(json.dumps({"config": {"method": {"kind": "full"}}, "status": "finished"}))
+    first = in_files(run)
+    assert first.fingerprint == load_base(ModelConfig(name=str(run))).fingerprint
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a process other than the first reads the files")
+
+    monkeypatch.setattr(load, "require_undamaged", refuse)
+    monkeypatch.setattr(load, "fingerprint", refuse)
+    sharded = ShardedLoading(trains_base=False, on_rank0=lambda work: first.fingerprint)
+    assert load_base(ModelConfig(name=str(run)), sharded=sharded).fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match="other than the first"):
+        in_files(run)
 
 
 def test_a_hub_id_is_read_from_the_cache_of_the_hub(
