@@ -25,7 +25,7 @@ from rung.models.load import load_base
 from rung.models.packing import pack
 from rung.models.policy import Policy
 from rung.objectives.registry import OBJECTIVES
-from rung.planning.recomputation import CPU_DOCUMENT_BYTES
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, DocumentLimit
 from rung.runs.load import load_base_in_parts
 from rung.training import distributed
 from rung.training.distributed import World, join_process_group
@@ -104,7 +104,7 @@ def _steps(world: World, kind: str, aim: str, output: Path, how: str = "replicas
         seed=5,
         folder=folder,
         world=world,
-        document_bytes=limit * (1 if upper else 2) * LAYER_BYTES if recomputes else CPU_DOCUMENT_BYTES,
+        document_limit=DocumentLimit(limit * (1 if upper else 2) * LAYER_BYTES if recomputes else CPU_DOCUMENT_BYTES),
     )
     recomputed, layers_of = list[int](), policy.layers_to_recompute
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import weakref
@@ -132,8 +133,14 @@ def test_faults_of_files_are_named(base: Callable[..., Path]) -> None:
         in_files(folder)
     assert "1 missing in the file: model.layers.1.mlp.up_proj.weight" in str(missing.value)
     save_file({**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(3, 4)}, file)
-    with pytest.raises(ConfigError, match=r"another shape"):
+    with pytest.raises(ConfigError, match=r"another shape") as misshapen:
         in_files(folder)
+    assert "up_proj.weight [3, 4], not [48, 32]" in str(misshapen.value) and "missing" not in str(misshapen.value)
+    eight_bits = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file({**tensors, "model.layers.1.mlp.up_proj.weight": eight_bits}, file)
+    with pytest.raises(PlanError, match=r"up_proj.weight has a dtype that a base in parts is not read from") as dtype:
+        in_files(folder)
+    assert "F8_E4M3" in str(dtype.value) and "missing" not in str(dtype.value)
     renamed = {n.replace("mlp.up_proj", "mlp.c_fc"): t for n, t in tensors.items()}
     save_file(renamed, file)
     with pytest.raises(PlanError, match=r"only a whole load converts"):
@@ -151,6 +158,57 @@ def test_faults_of_files_are_named(base: Callable[..., Path]) -> None:
     source = source._replace(start=file.stat().st_size - 8)
     with pytest.raises(ConfigError, match="cut off"):
         read_rows(source, slice(0, 1), torch.empty(1, 32))
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_files_of_others_in_the_folder_are_left_alone(shard_size: str, base: Callable[..., Path]) -> None:
+    """transformers reads `model.safetensors`, or the files of its index; a mutation reads all of them."""
+    folder = base("llama")
+    model = tiny_model("llama")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    assert (folder / "model.safetensors").exists() == (shard_size == "50GB")
+    stray = {name: torch.full_like(tensor, 3.0) for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.clone() for name, tensor in stray.items()}, folder / "z_old.safetensors")
+    save_file({"exp_avg": torch.ones(3)}, folder / "optimizer.safetensors")
+    expected = dict(load_base(ModelConfig(name=str(folder), dtype="float32")).model.named_parameters())
+    values = read_all(in_files(folder, dtype="float32").model, 2)
+    assert all(torch.equal(values[name], value) for name, value in expected.items())
+    (folder / "optimizer.safetensors").unlink()
+    every_file = [*weight_files.weight_files(folder), folder / "z_old.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_files, "weight_files", lambda folder: every_file)
+        values = read_all(in_files(folder, dtype="float32").model, 2)
+    assert not any(torch.equal(values[name], value) for name, value in expected.items())
+
+
+def test_a_folder_without_the_names_that_are_read_has_no_weights(base: Callable[..., Path]) -> None:
+    folder = base("llama")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(ConfigError, match="under the names that transformers reads"):
+        in_files(folder)
+
+
+def test_two_tensors_of_one_tied_parameter_have_to_be_the_same(
+    base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole load unties them where they differ."""
+    folder = base("llama", tie_word_embeddings=True)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, file)
+    whole, parts = load_base(ModelConfig(name=str(folder))).model, in_files(folder).model
+    assert parts.lm_head.weight is parts.model.embed_tokens.weight
+    assert torch.equal(parts.lm_head.weight, whole.lm_head.weight)
+    head[-1, -1] += 1.0  # in the last piece
+    save_file({**tensors, "lm_head.weight": head}, file)
+    assert torch.equal(load_base(ModelConfig(name=str(folder), dtype="float32")).model.lm_head.weight, head)
+    monkeypatch.setattr(weight_files, "READ_BYTES", 256)
+    with pytest.raises(PlanError, match="another value for each") as refusal:
+        in_files(folder)
+    assert "lm_head.weight, model.embed_tokens.weight" in str(refusal.value)
+    assert "tie_word_embeddings" in str(refusal.value)
 
 
 def test_bases_without_files_of_their_own_are_refused(
@@ -171,6 +229,29 @@ def test_bases_without_files_of_their_own_are_refused(
     monkeypatch.setattr(load, "convert_gguf_once", lambda file: None)
     with pytest.raises(PlanError, match="no room to convert"):
         in_files(gguf)
+
+
+def test_a_run_as_base_is_hashed_by_the_first_process_alone(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    base("llama").rename(run / "model")
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (run / "model").iterdir()}
+    (run / "model" / "manifest.json").write_text(json.dumps({"files": sums}))
+    (run / "run.json").write_text(json.dumps({"config": {"method": {"kind": "full"}}, "status": "finished"}))
+    first = in_files(run)
+    assert first.fingerprint == load_base(ModelConfig(name=str(run))).fingerprint
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a process other than the first reads the files")
+
+    monkeypatch.setattr(load, "require_undamaged", refuse)
+    monkeypatch.setattr(load, "fingerprint", refuse)
+    sharded = ShardedLoading(trains_base=False, on_rank0=lambda work: first.fingerprint)
+    assert load_base(ModelConfig(name=str(run)), sharded=sharded).fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match="other than the first"):
+        in_files(run)
 
 
 def test_a_hub_id_is_read_from_the_cache_of_the_hub(

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +30,11 @@ from rung.planning.architecture import read_shape
 from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
 from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, MicroBatch, estimate_memory
 from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token, method_cost
-from rung.planning.recomputation import layers_to_offload, layers_to_recompute
+from rung.planning.recomputation import DocumentLimit, document_limit, layers_to_offload, layers_to_recompute
 from rung.planning.throughput import throughput_for
+from rung.runs import train
 from rung.training import memory_use, micro_batch, optimizer
+from rung.training.distributed import SINGLE_PROCESS
 from rung.training.optimizer import OptimizerState
 
 CUDA = torch.device("cuda")
@@ -153,27 +156,82 @@ def test_a_run_that_processes_cannot_share_has_no_plan(model: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", ["8b", "70b"])
-@pytest.mark.parametrize(("kind", "layers"), [("qlora", None), ("lora", "last"), ("lora", "20-31")])
 @pytest.mark.parametrize("memory", [24, 45, 80, 141])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"layers": "last"},
+        {"layers": "middle"},
+        {"kind": "lora", "dora": True},
+        {"dropout": 0.1, "layers": "last"},
+        {"bits": 8},
+        {"fused": False},
+    ],
+    ids=str,
+)
 def test_the_longer_a_document_the_more_of_it_leaves_the_card(
-    shape: str, memory: int, kind: str, layers: str | None, model: Any
+    shape: str, memory: int, settings: dict[str, Any], model: Any
 ) -> None:
     """First layers are computed again, then their inputs wait on the host; what is planned fits, or nothing is left."""
-    method = {"kind": kind, **({} if layers is None else {"layers": layers})}
-    config, device = config_of(model(shape), kind, method=method), replace(DEVICES["h100"], memory=memory * 10**9)
+    method = {key: value for key, value in settings.items() if key != "fused"}
+    config = config_of(model(shape), "qlora", method={"kind": "qlora", **method})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"fused": settings.get("fused", True)})})
+    device = replace(DEVICES["h100"], memory=memory * 10**9)
     size, before = read_shape(config.model), (0, 0)
-    lowest = min(method_cost(config.method, size).lowest_layer, size.layers)
+    lowest = method_cost(config.method, size).lowest_layer
     budget, limit = auto_budget(config, size, device)
     if budget <= MIN_TOKENS:
         return
     for tokens in (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072):
-        options: Any = {"compute": "bfloat16", "device": "cuda", "limit": limit, "lowest": lowest}
+        documents = document_limit(config, size, "bfloat16", limit, "cuda")
+        options: Any = {"compute": "bfloat16", "device": "cuda", "lowest": lowest, "limit": documents}
         counts = tuple(len(rule(size, tokens, **options)) for rule in (layers_to_recompute, layers_to_offload))
         assert counts >= before and (counts[1] == 0 or counts[0] == size.layers - lowest)
         before = counts
         batch = MicroBatch("bfloat16", tokens, tokens // 2, documents=1, device="cuda", document_bytes=limit)
-        fits = estimate_memory(config, size, batch).required_bytes <= device.memory
-        assert fits or counts == (size.layers - lowest,) * 2
+        memory_needed = estimate_memory(config, size, batch).required_bytes
+        assert memory_needed <= device.memory or counts == (size.layers - lowest, size.layers - lowest)
+        if 0 < counts[0] < size.layers - lowest:  # and no more than it must
+            assert memory_needed > 0.7 * device.memory
+
+
+@pytest.mark.parametrize(
+    ("method", "fused", "tokens", "recomputed"),
+    [
+        ({"layers": "last"}, True, 65_536, range(1, 10)),
+        ({"layers": (31,)}, True, 1_048_576, range(1)),  # it would store everything while it is computed again
+        ({"dora": True}, True, 32_768, range(20, 32)),
+        ({"dropout": 0.1}, True, 32_768, range(20, 32)),
+        ({}, False, 32_768, range(25, 33)),
+        ({"layers": (31,), "modules_to_save": ("embed_tokens",)}, True, 65_536, range(20, 33)),
+    ],
+    ids=str,
+)
+def test_what_the_method_stores_decides_how_much_is_computed_again(
+    method: dict[str, Any], fused: bool, tokens: int, recomputed: range, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run computes with the limit of its plan; a mutation that counts the layers of the base alone does not."""
+    config = config_of(model("8b"), "lora", method={"kind": "lora", **method})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"fused": fused})})
+    shape = read_shape(config.model)
+
+    def count(limit: DocumentLimit) -> int:
+        lowest = method_cost(config.method, shape).lowest_layer
+        return len(layers_to_recompute(shape, tokens, "bfloat16", lowest=lowest, limit=limit, device="cuda"))
+
+    monkeypatch.setattr(train.checks, "local_card", lambda _: DEVICES["a100"])
+    monkeypatch.setattr(train, "device", lambda: CUDA)
+    base: Any = SimpleNamespace(shape=shape, dtype_name="bfloat16")
+    _, limit = train._token_budget(config, base, SINGLE_PROCESS)
+    planned = auto_budget(config, shape, DEVICES["a100"])[1]
+    assert limit == document_limit(config, shape, "bfloat16", planned, "cuda")
+    assert count(limit) in recomputed
+    batch = MicroBatch("bfloat16", tokens, tokens // 2, documents=1, device="cuda", document_bytes=planned)
+    term = next(t for t in estimate_memory(config, shape, batch).stages[1].terms if t.name == "activations")
+    assert count(limit) == int((re.findall(r"(\d+) layers recomputed", term.source) or ["0"])[0])
+    if not fused or {"dora", "dropout"} & method.keys():
+        assert count(limit) != count(DocumentLimit(limit.bytes))
 
 
 def test_the_table_of_documents_is_that_of_the_plan(model: Any) -> None:
@@ -235,8 +293,8 @@ def test_a_document_longer_than_the_budget_recomputes_layers(model: Any) -> None
     activations = next(t for t in plan(in_parts, "h100", 8).plan.memory.stages[1].terms if t.name == "activations")
     assert " layers recomputed" in activations.source
     budget, document_bytes = auto_budget(config, read_shape(config.model), DEVICES["h100"])
-    # Eighty layers of the base, 14.7 MB a token.
-    assert document_bytes == budget * 80 * 2 * 2 * (8192 + 8192 + 1024 + 28_672)
+    # Eighty layers of the base, 14.7 MB a token, and what seven matrices A make of it.
+    assert document_bytes == budget * 80 * 2 * (2 * (8192 + 8192 + 1024 + 28_672) + 7 * 16)
     # A router's load is balanced over whole documents, so nothing is recomputed there.
     balanced = {"method": {"kind": "mixture", "top_k": 2}, "data": {"path": "rows.jsonl", "max_length": 60_000}}
     mixture = config_of(model("8b"), "mixture", **balanced)

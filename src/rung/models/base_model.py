@@ -163,8 +163,8 @@ def require_all_weights(report: Mapping[str, Any], source: object, heads: Collec
     }
     parts = []
     for fault, keys in faults.items():
-        # a mismatch is a tuple of the name and both shapes
-        if names := sorted(key if isinstance(key, str) else str(key[0]) for key in keys or ()):
+        # a mismatch is a tuple of the name and both shapes, first that in the file
+        if names := sorted(k if isinstance(k, str) else f"{k[0]} {[*k[1]]}, not {[*k[2]]}" for k in keys or ()):
             parts.append(f"{len(names)} {fault}: {', '.join(names[:3])}")
     if not parts:
         return

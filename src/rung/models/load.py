@@ -91,8 +91,9 @@ def load_base(
         return drop_layers(teacher, config.layers or "every_other")
     source = _resolve_name(config.name, config.revision)
     load = _load_weights if sharded is None else _loader_of_rows(sharded, source, config.name, device)
+    read_whole = _call if sharded is None else sharded.on_rank0
     if isinstance(source, Path) and is_run_folder(source):
-        return _load_run_as_base(config, source, device, load)
+        return _load_run_as_base(config, source, device, load, read_whole)
     if isinstance(source, Path) and is_adapter_folder(source):
         return _load_adapter_as_base(config, source, device)
     original, source = source, _converted(source)
@@ -116,8 +117,7 @@ def load_base(
         compute_in_float32(model)
     placement = LinearPlacement(device or torch.device("cpu"), loaded, compute) if stream_linears else None
     _set_known_template(tokenizer, config.name)
-    identify = partial(fingerprint, original, model.config)
-    weights_hash = identify() if sharded is None else sharded.on_rank0(identify)
+    weights_hash = read_whole(partial(fingerprint, original, model.config))
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device, placement)
 
 
@@ -350,8 +350,21 @@ def _move(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | None, load: _Load) -> BaseModel:
-    """Load a finished run as a base: its full model by `load`, or its base with the adapter merged."""
+def _call(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def _load_run_as_base(
+    config: ModelConfig,
+    run: Path,
+    device: torch.device | None,
+    load: _Load,
+    read_whole: Callable[[Callable[[], Any]], Any],
+) -> BaseModel:
+    """Load a finished run as a base: its full model by `load`, or its base with the adapter merged.
+
+    `read_whole` calls what hashes the files, in one process for all that share the base.
+    """
     manifest = json.loads((run / "run.json").read_text())
     compute = compute_dtype(config.dtype, device)
     if manifest["config"].get("objective", {}).get("kind") == "reward":
@@ -361,12 +374,13 @@ def _load_run_as_base(config: ModelConfig, run: Path, device: torch.device | Non
     folder = run / ("model" if (run / "model").is_dir() else "adapter")
     if (state := manifest.get("status")) != "finished" or not folder.is_dir():
         raise CheckpointError(f"this run is not finished (status {state})", where=str(run), hint="rung train --resume")
-    require_undamaged(folder)
+    read_whole(partial(require_undamaged, folder))
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError("this folder holds no safetensors, and a pickle is not read", where=str(folder))
     if folder.name == "model":
         weights = load(folder, None, compute, ())
-        return _prepare_base(weights, config, fingerprint(folder, weights[0].config), compute, device)
+        weights_hash = read_whole(partial(fingerprint, folder, weights[0].config))
+        return _prepare_base(weights, config, weights_hash, compute, device)
     peft_type = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if manifest["config"]["method"]["kind"] == "qlora":
         reason = "this run was trained on a quantized base, and the weights from before are another model"

@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 from rung.errors import ConfigError, PlanError
 from rung.files import check_safetensors, read_safetensors_header, safetensors_header
-from rung.models.base_folder import INDEX_FILE, is_finite
+from rung.models.base_folder import INDEX_FILE, check_json, is_finite
 from rung.models.base_model import require_all_weights
 from rung.models.targets import layer_number
 
+WEIGHTS_FILE = "model.safetensors"
 READ_BYTES = 64 * 2**20
 """Bytes of a file in the memory of the host at one time."""
 SHARD_BYTES = 5 * 10**9
@@ -74,17 +75,23 @@ def is_in_parts(model: nn.Module) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: those of the index, else `model.safetensors`, whatever lies beside them."""
-    if (index := folder / INDEX_FILE).is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    """The safetensors files that transformers reads of a model's folder: `model.safetensors`, else those of its index.
+
+    Others beside them belong to an optimizer, an adapter or another tool. Raises `ConfigError` for a folder without.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = check_json(folder / INDEX_FILE, "fetch it again with all files of the model")
+    if index is None:
+        given = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3])
+        summary = "this folder has no weights under the names that transformers reads"
+        raise ConfigError(summary, where=str(folder), given=given, allowed=f"{WEIGHTS_FILE} or {INDEX_FILE}")
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def headers_digest(folder: Path) -> str:
-    """SHA-256 over names, sizes and headers of a folder's safetensors files, without their data."""
-    files = weight_files(folder)
-    described = [(file.name, file.stat().st_size, read_safetensors_header(file)) for file in files]
+    """SHA-256 over names, sizes and headers of a model's safetensors files, without their data."""
+    described = [(file.name, file.stat().st_size, read_safetensors_header(file)) for file in weight_files(folder)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,31 +117,11 @@ def leave_in_files(
     """Tell every parameter of a model on the meta device where its values are, and read those that are never shared.
 
     These are all parameters outside the layers, with `trains_base` only vectors. Raises `ConfigError` unless the
-    tensors of the files are those of the model, `PlanError` for tensors that only a whole load converts.
+    tensors of the files are those of the model, `PlanError` for tensors that only a whole load converts, and for two of
+    one tied parameter that differ.
     """
-    expected, sources = model.state_dict(keep_vars=True), dict[int, StoredTensor]()
-    unexpected, mismatched = list[str](), list[str]()
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    for name, source in _stored_tensors(folder, loaded, device).items():
-        target = _name_in_model(model, name, expected)
-        if target is not None and tuple(expected[target].shape) == source.shape:
-            first = sources.setdefault(id(expected[target]), source)
-            if not _are_equal(first, source):
-                summary = f"the config ties {first.name} and {source.name}, and the file has different values for them"
-                hint = "set tie_word_embeddings: false in the base's config.json, or leave model.sharded out"
-                raise PlanError(summary, where="model.sharded", given=str(folder), hint=hint)
-        elif target is not None:
-            mismatched.append(name)
-        elif not any(pattern.search(name) for pattern in ignored):
-            unexpected.append(name)
-    # a buffer that no file has was computed when the model was built; tied parameters are one object
-    missing = [n for n, v in expected.items() if isinstance(v, nn.Parameter) and id(v) not in sources]
-    if missing and unexpected:
-        summary = "the tensors of this base have other names than those of its model, which only a whole load converts"
-        hint = "leave model.sharded out, or save the base once with transformers"
-        raise PlanError(summary, where="model.sharded", given=unexpected[0], hint=hint)
-    report = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
-    require_all_weights(report, folder)
+    expected = model.state_dict(keep_vars=True)
+    sources = _sources_by_id(model, expected, folder, loaded, device)
     read: dict[int, Tensor] = {}
     for name, value in expected.items():
         if id(value) not in sources:
@@ -148,21 +135,61 @@ def leave_in_files(
             _replace(model, name, read[id(value)])
 
 
-def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors of files have the same bytes; a tensor is equal to itself."""
-    if first is second:
-        return True
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    size = math.prod(first.shape) * first.dtype.itemsize
+def _sources_by_id(
+    model: PreTrainedModel, expected: Mapping[str, Tensor], folder: Path, loaded: torch.dtype, device: torch.device
+) -> dict[int, StoredTensor]:
+    """Where the values of every parameter are, by its identity: tied parameters are one object."""
+    sources = dict[int, StoredTensor]()
+    unexpected, mismatched, misshapen = list[str](), list[tuple[str, torch.Size, torch.Size]](), set[int]()
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    for name, source in _stored_tensors(folder, loaded, device).items():
+        target = _name_in_model(model, name, expected)
+        if target is None:
+            unexpected += [] if any(pattern.search(name) for pattern in ignored) else [name]
+            continue
+        value = expected[target]
+        if isinstance(source, str):
+            if isinstance(value, nn.Parameter):
+                raise _unread_dtype(name, source)
+        elif value.shape != source.shape:
+            mismatched.append((name, torch.Size(source.shape), value.shape))
+            misshapen.add(id(value))
+        else:
+            _require_same_bytes(sources.setdefault(id(value), source), source)
+    # a buffer that no file has was computed when the model was built
+    present = sources.keys() | misshapen
+    missing = [n for n, v in expected.items() if isinstance(v, nn.Parameter) and id(v) not in present]
+    if missing and unexpected:
+        summary = "the tensors of this base have other names than those of its model, which only a whole load converts"
+        hint = "leave model.sharded out, or save the base once with transformers"
+        raise PlanError(summary, where="model.sharded", given=unexpected[0], hint=hint)
+    report = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    require_all_weights(report, folder)
+    return sources
+
+
+def _unread_dtype(name: str, dtype: str) -> PlanError:
+    summary = f"{name} has a dtype that a base in parts is not read from"
+    hint = "leave model.sharded out, or save the base once with transformers in bfloat16"
+    return PlanError(summary, where="model.sharded", given=dtype, allowed=", ".join(_DTYPES), hint=hint)
+
+
+def _require_same_bytes(first: StoredTensor, second: StoredTensor) -> None:
+    """Raise `PlanError` for two tensors of one tied parameter that differ: a whole load does not tie them then."""
+    if first.name == second.name:
+        return
+    same = first.dtype is second.dtype
+    size, done = first.dtype.itemsize * math.prod(first.shape), 0
     with first.file.open("rb") as one, second.file.open("rb") as other:
         one.seek(first.start)
         other.seek(second.start)
-        for start in range(0, size, READ_BYTES):
-            count = min(READ_BYTES, size - start)
-            if one.read(count) != other.read(count):
-                return False
-    return True
+        while same and done < size:
+            count = min(READ_BYTES, size - done)
+            same, done = one.read(count) == other.read(count), done + count
+    if not same:
+        summary = "the config ties two tensors of this base, and its files have another value for each"
+        hint = "set tie_word_embeddings to false in config.json, or save the base without the one that is not used"
+        raise PlanError(summary, where="model.name", given=f"{first.name}, {second.name}", hint=hint)
 
 
 def read_rows(source: StoredTensor, rows: slice | None, out: Tensor) -> None:
@@ -214,7 +241,7 @@ def write_model(folder: Path, model: PreTrainedModel, gather: Callable[[Tensor],
         groups[-1].append(name)
     files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        files = ["model.safetensors"]
+        files = [WEIGHTS_FILE]
     for file, names in zip(files, groups, strict=True):
         _write_file(folder / file, {name: tensors[name] for name in names}, gather)
     if len(groups) > 1:
@@ -261,14 +288,15 @@ def _name_in_model(model: PreTrainedModel, name: str, expected: Collection[str])
     return next((n for n in (name, f"{prefix}{name}", name.removeprefix(prefix)) if n in expected), None)
 
 
-def _stored_tensors(folder: Path, loaded: torch.dtype, device: torch.device) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
+def _stored_tensors(folder: Path, loaded: torch.dtype, device: torch.device) -> dict[str, StoredTensor | str]:
+    """The tensors of a model's files by name; of one with a dtype that is not read, its dtype alone."""
+    tensors: dict[str, StoredTensor | str] = {}
     for file in weight_files(folder):
         _, data_start = read_safetensors_header(file)
         for name, entry in check_safetensors(file).items():
-            if entry["dtype"] not in _DTYPES:
-                continue  # masks of old GPT-2 files: missing if the model has such a tensor
+            if (dtype := _DTYPES.get(entry["dtype"])) is None:
+                tensors[name] = str(entry["dtype"])
+                continue
             start = data_start + int(entry["data_offsets"][0])
-            place = (name, file, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            tensors[name] = StoredTensor(*place, loaded, device)
+            tensors[name] = StoredTensor(name, file, start, dtype, tuple(entry["shape"]), loaded, device)
     return tensors

@@ -32,7 +32,6 @@ from rung.planning.memory import (
     tokens_per_micro_batch,
     tokens_that_fit,
 )
-from rung.planning.method_cost import method_cost
 from rung.planning.recomputation import CPU_DOCUMENT_BYTES, document_bytes_that_fit
 from rung.planning.throughput import DataVolume, Throughput, guess_data_volume, run_flops, throughput_for
 
@@ -204,8 +203,7 @@ def auto_budget(config: RunConfig, shape: ModelShape, device: Device | None, pro
     most = CANDIDATE_BUDGETS["cuda"][-1] if is_probed else CUDA_TOKENS
     # A document may be longer than any budget is worth, and keeps everything while that fits.
     longest = tokens_that_fit(config, shape, batch, device.memory, auxiliary_shapes(config), most=LONGEST_DOCUMENT)
-    lowest = min(method_cost(config.method, shape).lowest_layer, shape.layers)
-    return min(longest, most), document_bytes_that_fit(shape, compute, longest, lowest=lowest)
+    return min(longest, most), document_bytes_that_fit(config, shape, compute, longest)
 
 
 def assumed_micro_batch(config: RunConfig, shape: ModelShape, device: Device | None, processes: int = 1) -> MicroBatch:

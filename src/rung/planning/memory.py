@@ -28,6 +28,8 @@ from rung.planning.method_cost import (
 )
 from rung.planning.recomputation import (
     CUDA_FRAGMENTATION,
+    UNFUSED_FACTOR,
+    document_limit,
     layers_to_offload,
     layers_to_recompute,
     scratch_bytes_per_token,
@@ -72,8 +74,6 @@ FRAGMENTATION_BY_METHOD = {
 }
 """The same for methods with more temporaries (measured for each). glibc 2.38 and later may leave less: earlier versions
 did not reuse an aligned block for a request of the same size."""
-UNFUSED_FACTOR = 3.4
-"""Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
 PRODUCT_BUFFER_BYTES = 105 * 10**6
 """Buffers of matrix products on a processor (measured)."""
 
@@ -418,8 +418,10 @@ def _recomputed_layers(
     balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
     if balances or micro_batch.documents > 1:
         return 0, 0
-    options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": micro_batch.document_bytes}
-    options |= {"compute": micro_batch.compute_dtype, "device": micro_batch.device}
+    compute, device, size = micro_batch.compute_dtype, micro_batch.device, micro_batch.document_bytes
+    limit = None if size is None else document_limit(config, shape, compute, size, device)
+    options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": limit}
+    options |= {"compute": compute, "device": device}
     counts = [len(rule(shape, micro_batch.tokens, **options)) for rule in (layers_to_recompute, layers_to_offload)]
     return counts[0], counts[1]
 

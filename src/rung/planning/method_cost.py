@@ -79,7 +79,9 @@ def _low_rank(config: LowRankConfig, shape: ModelShape) -> MethodCost:
     full_matrix = shape.embedding_parameters if full_modules else 0
     # A nonzero start is stored twice (decision 0013).
     frozen_parameters = adapter if config.init in SUBTRACTED_INITS else 0
-    return MethodCost(adapter + full_modules, frozen_parameters, max(largest, full_matrix), min(layers))
+    # embeddings precede all layers
+    lowest = 0 if {"embed_tokens", "wte"} & set(config.modules_to_save) else min(layers)
+    return MethodCost(adapter + full_modules, frozen_parameters, max(largest, full_matrix), lowest)
 
 
 def _mixture(config: MixtureConfig, shape: ModelShape) -> MethodCost:

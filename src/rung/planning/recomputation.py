@@ -8,8 +8,11 @@ trainer ask the same functions, so that a run does what its plan says.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from rung.config.run import RunConfig
 from rung.planning.architecture import DTYPE_BYTES, ModelShape
-from rung.planning.method_cost import activation_bytes_per_token, has_row_kernel, layer_bytes_per_token
+from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token, method_bytes_per_token, method_cost
 
 CPU_DOCUMENT_BYTES = 4 * 2**30
 """Activation bytes of one document on a processor; one that needs more has its lowest trained layers recomputed."""
@@ -18,12 +21,39 @@ CUDA_FRAGMENTATION = 0.10
 measured)."""
 
 
-def document_bytes_that_fit(shape: ModelShape, compute: str, tokens: int, *, lowest: int = 0) -> int:
-    """Activation bytes of a document where a micro-batch of `tokens` fits: a longer one recomputes layers.
+UNFUSED_FACTOR = 3.4
+"""Factor on stored activations with transformers' and peft's forward (`model.fused: false`) (measured)."""
 
-    Layers below `lowest` store nothing, neither in the micro-batch nor in the document.
-    """
-    return tokens * activation_bytes_per_token(shape, compute, lowest=lowest, device="cuda")
+
+class DocumentLimit(NamedTuple):
+    """Memory that the activations of one document may take, and what its layers store beside those of the base."""
+
+    bytes: int
+    method_bytes: int = 0
+    """Bytes a token that the method stores, summed over the trained layers."""
+    factor: float = 1.0
+    """`UNFUSED_FACTOR` without the fused functions, otherwise 1."""
+
+
+def document_limit(config: RunConfig, shape: ModelShape, compute: str, size: int, device: str) -> DocumentLimit:
+    """The limit of a run whose documents may take `size` bytes; a processor counts the layers of the base alone."""
+    if device == "cpu":
+        return DocumentLimit(size)
+    factor = 1.0 if config.model.fused else UNFUSED_FACTOR
+    return DocumentLimit(size, method_bytes_per_token(config.method, shape, compute), factor)
+
+
+def document_bytes_that_fit(config: RunConfig, shape: ModelShape, compute: str, tokens: int) -> int:
+    """Activation bytes of a document on a card where a micro-batch of `tokens` fits: a longer one recomputes layers."""
+    trained_layers = shape.layers - min(method_cost(config.method, shape).lowest_layer, shape.layers)
+    limit = document_limit(config, shape, compute, 0, "cuda")
+    return tokens * trained_layers * stored_layer_bytes(shape, compute, "cuda", trained_layers, limit)
+
+
+def stored_layer_bytes(shape: ModelShape, compute: str, device: str, trained_layers: int, limit: DocumentLimit) -> int:
+    """Bytes a token that a trained layer stores unless it is computed again, with an equal share of the method's."""
+    method_bytes = limit.method_bytes // max(1, trained_layers)
+    return int((layer_bytes_per_token(shape, compute, device) + method_bytes) * limit.factor)
 
 
 def scratch_bytes_per_token(shape: ModelShape, compute: str, device: str = "cpu") -> int:
@@ -44,22 +74,24 @@ def layers_to_recompute(
     compute: str = "float32",
     *,
     lowest: int = 0,
-    limit: int | None,
+    limit: DocumentLimit | None,
     device: str = "cpu",
 ) -> range:
-    """The layers that a document of `tokens` tokens must recompute so that its activations fit into `limit` bytes.
+    """The layers that a document of `tokens` tokens must recompute so that its activations fit into the limit.
 
     Layers below `lowest` are frozen and store nothing. A recomputed layer stores its input: H numbers a token. On a
     card `limit` is for the longest document that keeps everything (`document_bytes_that_fit`); a longer one leaves less
-    for activations, because its head and temporaries are larger, and a layer that is computed again.
+    for activations, because its head and temporaries are larger, and a layer that is computed again. So a single
+    trained layer is not computed again there: it would store everything meanwhile.
     """
-    if limit is None:
+    trained_layers = shape.layers - lowest
+    if limit is None or (device != "cpu" and trained_layers < 2):
         return range(lowest, lowest)
-    trained_layers, layer_bytes = shape.layers - lowest, layer_bytes_per_token(shape, compute, device)
+    layer_bytes = stored_layer_bytes(shape, compute, device, trained_layers, limit)
     saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
-    if tokens * trained_layers * layer_bytes <= limit:
+    if tokens * trained_layers * layer_bytes <= limit.bytes:
         return range(lowest, lowest)
-    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, limit, device, lowest)
+    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, lowest, limit, device)
     return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
 
 
@@ -69,7 +101,7 @@ def layers_to_offload(
     compute: str = "float32",
     *,
     lowest: int = 0,
-    limit: int | None,
+    limit: DocumentLimit | None,
     device: str = "cpu",
 ) -> range:
     """Those of the layers to recompute whose inputs wait in the memory of the host; arguments as above.
@@ -77,19 +109,20 @@ def layers_to_offload(
     None while some layer still keeps everything, and none on a processor, whose memory that is.
     """
     recomputed = layers_to_recompute(shape, tokens, compute, lowest=lowest, limit=limit, device=device)
-    if limit is None or device == "cpu" or len(recomputed) < shape.layers - lowest:
+    if limit is None or device == "cpu" or not recomputed or len(recomputed) < shape.layers - lowest:
         return range(lowest, lowest)
     input_bytes = tokens * DTYPE_BYTES[compute] * shape.width
-    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, limit, device, lowest))
+    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, lowest, limit, device))
     return range(lowest, lowest + min(len(recomputed), -(-excess_bytes // input_bytes)))
 
 
-def _room(shape: ModelShape, tokens: int, compute: str, limit: int, device: str, lowest: int) -> int:
+def _room(shape: ModelShape, tokens: int, compute: str, lowest: int, limit: DocumentLimit, device: str) -> int:
     """Bytes that are left for the activations of a document that recomputes layers."""
     if device == "cpu":
-        return limit
-    fitting_tokens = limit // max(1, activation_bytes_per_token(shape, compute, lowest=lowest, device=device))
+        return limit.bytes
+    layer_bytes = stored_layer_bytes(shape, compute, device, shape.layers - lowest, limit)
+    fitting_tokens = limit.bytes // ((shape.layers - lowest) * layer_bytes)
     # the head stores three vectors a learned token, all of them here
     head = 3 * DTYPE_BYTES[compute] * shape.width / (1.0 + CUDA_FRAGMENTATION)
     other = int(scratch_bytes_per_token(shape, compute, device) + head)
-    return limit - max(0, tokens - fitting_tokens) * other - tokens * layer_bytes_per_token(shape, compute, device)
+    return limit.bytes - max(0, tokens - fitting_tokens) * other - tokens * layer_bytes

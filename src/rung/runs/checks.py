@@ -162,7 +162,7 @@ def _plan_of_rows(config: RunConfig, trainer: Trainer, data: RunData) -> Planned
         micro_batch = MicroBatch(compute, trainer.budget, trainer.budget // 2, device=policy.device.type)
     else:
         micro_batch = _largest_micro_batch(trainer, data.train, compute)
-    micro_batch = replace(micro_batch, document_bytes=trainer.document_bytes)
+    micro_batch = replace(micro_batch, document_bytes=trainer.document_limit.bytes)
     return estimate_memory(config, policy.base.shape, micro_batch, auxiliary_shapes(config)), micro_batch
 
 

@@ -41,6 +41,7 @@ from rung.objectives.registry import make_objective
 from rung.objectives.reward import RewardObjective
 from rung.planning.advise import assumed_micro_batch, auto_budget, auxiliary_shapes
 from rung.planning.memory import estimate_memory
+from rung.planning.recomputation import DocumentLimit, document_limit
 from rung.report.formatting import format_bytes
 from rung.runs import checks
 from rung.runs.artifact import pad_token_outside_stops, write_origin, write_tokenizer_files
@@ -208,7 +209,7 @@ def _trainer(
     objective = _objective(config, policy, models)
     if not objective.reads_head:
         method.freeze_output_head()
-    budget, document_bytes = _token_budget(config, policy.base, world)
+    budget, documents = _token_budget(config, policy.base, world)
     trainer = Trainer(
         policy,
         method,
@@ -221,7 +222,7 @@ def _trainer(
         rollouts=_rollouts(config, policy, objective, data, models, budget, folder),
         world=world,
         stop_check=stop_check,
-        document_bytes=document_bytes,
+        document_limit=documents,
     )
     _record_start(config, trainer, data, models)
     return trainer
@@ -466,10 +467,11 @@ def micro_batch_tokens(config: RunConfig, base: BaseModel) -> int:
     return _token_budget(config, base, SINGLE_PROCESS)[0]
 
 
-def _token_budget(config: RunConfig, base: BaseModel, world: World) -> tuple[int, int]:
-    """Tokens of a micro-batch as set in the config or as they fit, and the activation bytes of a single document."""
+def _token_budget(config: RunConfig, base: BaseModel, world: World) -> tuple[int, DocumentLimit]:
+    """Tokens of a micro-batch as set in the config or as they fit, and the limit of a single document."""
     setting = config.training.tokens_per_micro_batch
     fitting, document_bytes = auto_budget(config, base.shape, checks.local_card(device()), world.size)
     # The cards of the ranks may differ in what is free; the run has one budget, so that a resume can keep it.
     fitting, document_bytes = min(world.gather(fitting)), min(world.gather(document_bytes))
-    return (setting if isinstance(setting, int) else fitting), document_bytes
+    limit = document_limit(config, base.shape, base.dtype_name, document_bytes, device().type)
+    return (setting if isinstance(setting, int) else fitting), limit

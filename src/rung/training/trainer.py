@@ -29,7 +29,7 @@ from rung.models.packing import largest_first, pack, pack_lazily, pack_separatel
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.objectives.protocol import Objective
-from rung.planning.recomputation import CPU_DOCUMENT_BYTES, layers_to_offload, layers_to_recompute
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, DocumentLimit, layers_to_offload, layers_to_recompute
 from rung.training import checkpoint
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
@@ -107,8 +107,8 @@ class Trainer:
     """Called with every validation loss; returns the reason to end the run, or None."""
     spare_device_bytes: int = 0
     """Bytes of a card that the plan of the run leaves free; states of frozen layers may stay there."""
-    document_bytes: int = CPU_DOCUMENT_BYTES
-    """Activation bytes that one document may take; a longer one recomputes its lowest trained layers."""
+    document_limit: DocumentLimit = DocumentLimit(CPU_DOCUMENT_BYTES)
+    """Activations that one document may store; a longer one recomputes its lowest trained layers."""
 
     def __post_init__(self) -> None:
         # heads of the objective train at the rate of the run; a method's factors are for its own parameters
@@ -140,7 +140,7 @@ class Trainer:
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
             lowest, compute = self.lowest_trained_layer, self.policy.base.dtype_name
-            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_bytes}
+            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_limit}
             options["device"] = self.policy.device.type
             self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
             self.policy.layers_to_offload = partial(layers_to_offload, self.policy.base.shape, **options)
