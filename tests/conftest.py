@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from loopback import Local
+
+if TYPE_CHECKING:
+    from vllm_server import Engine
 
 # Before anything asks torch for a card: on a machine with one, the tests run on its processor unless they are told.
 if os.environ.get("RUNG_TEST_DEVICE", "cpu") == "cpu":
@@ -127,6 +131,22 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_level_tokenizer(340, GEMMA).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny model\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(tiny_base: Path) -> Iterator[Engine]:
+    """A server of the tiny base that speaks vLLM's protocol."""
+    from vllm_server import serving
+
+    with serving(tiny_base) as engine:
+        yield engine
+
+
+@pytest.fixture
+def vllm(vllm_engine: Engine) -> Engine:
+    """The server as if it had just been started."""
+    vllm_engine.rules, vllm_engine.requests, vllm_engine.first_state, vllm_engine.completed = {}, [], {}, 0
+    return vllm_engine
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,10 @@ from processes import inside, start
 from rung.cli import _exit_code
 from rung.data.tokenize import tokenize_records
 from rung.models.packing import pack_separately
-from rung.models.slot_batch import SlotBatch, _SlotLayer
+from rung.models.slot_batch import SlotBatch
+from rung.models.slot_layer import SlotLayer
 from rung.runs.load import open_reward_model, open_target
+from rung.serving import app
 from rung.serving.app import make_app
 from rung.serving.catalog import open_models
 from rung.serving.engine import Engine
@@ -215,8 +217,17 @@ def test_several_runs_on_one_base(config: Path, tmp_path: Path, tiny_base: Path,
     assert expected["low-rank"] != expected["soft"]
 
 
-def test_a_reward_model_scores(compared: Path, tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+def test_a_reward_model_scores(
+    compared: Path, tmp_path: Path, tiny_base: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The differences are those that `rung eval` ranks by: of the same documents as in training."""
+    threads, tokenize = list[str](), app.scored_documents
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return tokenize(*args)
+
+    monkeypatch.setattr(app, "scored_documents", noted)
     code, _, err = inside(capsys, "train", compared, "objective={kind: reward}", f"output={tmp_path / 'judge'}")
     assert code == 0, err
     policy, chat, objective, _ = open_reward_model(tmp_path / "judge")
@@ -230,6 +241,7 @@ def test_a_reward_model_scores(compared: Path, tmp_path: Path, tiny_base: Path, 
         code, answer = post(port, "/v1/score", json.dumps(body).encode())
         found = [row["score"] for row in answer["data"]]
         assert code == 200 and found[0] == pytest.approx(expected, abs=1e-5)
+        assert threads[0].startswith("asyncio")  # of the pool: a long text in the loop itself would stop everybody
         assert found[2] == pytest.approx(found[0], abs=1e-5) and abs(found[1] - found[0]) > 1e-4
         for wrong, said in (
             ({**body, "model": str(tiny_base)}, "a reward model gives scores"),
@@ -275,7 +287,7 @@ def test_a_request_that_fails_leaves_the_others_alone(run: Path, monkeypatch: py
         def no_memory(*args: object) -> None:
             raise MemoryError("nothing left")
 
-        for owner, name in ((_SlotLayer, "reserve"), (SlotBatch, "step")):
+        for owner, name in ((SlotLayer, "reserve"), (SlotBatch, "step")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, no_memory)
                 with pytest.raises(openai.InternalServerError, match="MemoryError"):
@@ -423,6 +435,8 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_ba
         options: Any = {"model": str(tiny_base), "messages": MESSAGES, "max_tokens": 400, "seed": 1}
         stream = client(port).chat.completions.create(**options, stream=True)
         next(iter(stream))
+        while not engine.active_rows:  # the head of a stream comes before its row, which waits until then
+            time.sleep(0.002)
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(lambda: client(port).chat.completions.create(**{**options, "max_tokens": 2}))
             while not engine.waiting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,7 @@ from rung.evaluation.evaluate import Evaluation
 from rung.files import find_damage
 from rung.inference import vllm_client
 from rung.inference.vllm_client import STALE_SECONDS, AdapterServer
-from vllm_server import Engine, serving
-
-
-@pytest.fixture(scope="module")
-def served(tiny_base: Path) -> Iterator[Engine]:
-    with serving(tiny_base) as engine:
-        yield engine
-
-
-@pytest.fixture
-def vllm(served: Engine) -> Engine:
-    served.rules, served.requests, served.first_state, served.completed = {}, [], {}, 0
-    return served
+from vllm_server import Engine
 
 
 @pytest.fixture

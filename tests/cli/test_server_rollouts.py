@@ -5,26 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from processes import inside, log, start
-from vllm_server import Engine, serving
-
-
-@pytest.fixture(scope="module")
-def served(tiny_base: Path) -> Iterator[Engine]:
-    with serving(tiny_base) as engine:
-        yield engine
-
-
-@pytest.fixture
-def vllm(served: Engine) -> Engine:
-    served.rules, served.requests, served.first_state, served.completed = {}, [], {}, 0
-    return served
+from vllm_server import Engine
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,7 @@ from rung.training.run_folder import Gate
 from rung.training.server_sampler import ServerSampler
 from rung.training.step import CalibrationBatch
 from rung.types import SAMPLER_LOGRATIO, Example
-from vllm_server import Engine, serving
-
-
-@pytest.fixture(scope="module")
-def served(tiny_base: Path) -> Iterator[Engine]:
-    with serving(tiny_base) as engine:
-        yield engine
-
-
-@pytest.fixture
-def vllm(served: Engine) -> Engine:
-    served.rules, served.requests, served.first_state, served.completed = {}, [], {}, 0
-    return served
+from vllm_server import Engine
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from rung.planning.architecture import read_shape
 from rung.planning.devices import DEVICES, Device, describe_device, find_local_device
 from rung.planning.memory import CUDA_CONTEXT_BYTES, CUDA_TOKENS, MIN_TOKENS, MicroBatch, estimate_memory
 from rung.planning.method_cost import has_row_kernel, layer_bytes_per_token, method_cost
-from rung.planning.recomputation import DocumentLimit, document_limit, layers_to_offload, layers_to_recompute
+from rung.planning.recomputation import DocumentLimit, RecomputeRule, document_limit
 from rung.planning.throughput import throughput_for
 from rung.runs import train
 from rung.training import memory_use, micro_batch, optimizer
@@ -185,8 +185,8 @@ def test_the_longer_a_document_the_more_of_it_leaves_the_card(
         return
     for tokens in (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072):
         documents = document_limit(config, size, "bfloat16", limit, "cuda")
-        options: Any = {"compute": "bfloat16", "device": "cuda", "lowest": lowest, "limit": documents}
-        counts = tuple(len(rule(size, tokens, **options)) for rule in (layers_to_recompute, layers_to_offload))
+        rule = RecomputeRule(size, documents, "bfloat16", "cuda", lowest)
+        counts = (len(rule.layers_to_recompute(tokens)), len(rule.layers_to_offload(tokens)))
         assert counts >= before and (counts[1] == 0 or counts[0] == size.layers - lowest)
         before = counts
         batch = MicroBatch("bfloat16", tokens, tokens // 2, documents=1, device="cuda", document_bytes=limit)
@@ -218,7 +218,7 @@ def test_what_the_method_stores_decides_how_much_is_computed_again(
 
     def count(limit: DocumentLimit) -> int:
         lowest = method_cost(config.method, shape).lowest_layer
-        return len(layers_to_recompute(shape, tokens, "bfloat16", lowest=lowest, limit=limit, device="cuda"))
+        return len(RecomputeRule(shape, limit, "bfloat16", "cuda", lowest).layers_to_recompute(tokens))
 
     monkeypatch.setattr(train.checks, "local_card", lambda _: DEVICES["a100"])
     monkeypatch.setattr(train, "device", lambda: CUDA)

@@ -23,7 +23,7 @@ from rung.objectives.sft import SftObjective, nll
 from rung.planning.architecture import shape_from_config
 from rung.planning.memory import tokens_per_micro_batch
 from rung.planning.method_cost import activation_bytes_per_token
-from rung.planning.recomputation import DocumentLimit, layers_to_recompute
+from rung.planning.recomputation import DocumentLimit, RecomputeRule
 from rung.training import micro_batch
 from rung.training.optimizer import learning_rate_at, make_optimizer
 from rung.training.step import accumulate, mean_loss
@@ -155,12 +155,12 @@ def test_only_a_document_that_does_not_fit_is_computed_again_and_only_as_much_as
     numbers = {"hidden_size": 8, "num_hidden_layers": 10, "num_attention_heads": 2, "intermediate_size": 16}
     shape = shape_from_config({"model_type": "llama", "vocab_size": 10, **numbers})
     a_layer = 4 * (4 * 8 + 2 * 8 + 2 * 16)
-    assert layers_to_recompute(shape, 100, limit=DocumentLimit(100 * 10 * a_layer)) == range(0)
-    assert layers_to_recompute(shape, 100, limit=DocumentLimit(100 * 10 * a_layer - 1)) == range(0, 1)
-    assert layers_to_recompute(shape, 100, lowest=6, limit=DocumentLimit(100 * 4 * a_layer - 1)) == range(6, 7)
-    assert layers_to_recompute(shape, 100, limit=DocumentLimit(1)) == range(0, 10)
+    assert RecomputeRule(shape, DocumentLimit(100 * 10 * a_layer)).layers_to_recompute(100) == range(0)
+    assert RecomputeRule(shape, DocumentLimit(100 * 10 * a_layer - 1)).layers_to_recompute(100) == range(0, 1)
+    assert RecomputeRule(shape, DocumentLimit(100 * 4 * a_layer - 1), lowest=6).layers_to_recompute(100) == range(6, 7)
+    assert RecomputeRule(shape, DocumentLimit(1)).layers_to_recompute(100) == range(0, 10)
     kept = sum(a_layer if i >= 4 else 4 * 8 for i in range(10))
-    assert layers_to_recompute(shape, 100, limit=DocumentLimit(100 * kept)) == range(0, 4)
+    assert RecomputeRule(shape, DocumentLimit(100 * kept)).layers_to_recompute(100) == range(0, 4)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from rung.data.token_store import describe_notes
 from rung.data.tokenize import PromptDataset, tokenize_prompts
 from rung.errors import CheckpointError, ConfigError
 from rung.evaluation.prompting import PromptFormat
-from rung.evaluation.reward_model import RewardScorer
+from rung.evaluation.reward_model import SCORING_TOKENS, RewardScorer
 from rung.files import is_run_folder, write_json_lines
 from rung.inference.ask import Conversation, FailedRequest
 from rung.inference.journal import Journal
@@ -52,9 +52,6 @@ from rung.runs.load import (
     weight_fingerprints,
 )
 from rung.types import Example, PackedBatch, Record
-
-SCORING_TOKENS = 4096
-"""Tokens of a batch in which answers are scored; a longer answer is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def generate_answers(target: str, data: str, output: Path, request: GenerateRequ
         documents = _documents(prompts, answers, request.sampling.answers_per_prompt)
         temperature = request.sampling.temperature
         log_ratios = _log_ratios(policy, documents, answers, temperature) if policy.reference else None
-        scores = scorer(documents, SCORING_TOKENS) if scorer else None
+        scores = scorer(documents) if scorer else None
         texts = [chat.assistant_text(a.all_tokens).strip() for a in answers]
         lengths, stopped = [len(a.all_tokens) for a in answers], [a.stopped for a in answers]
         generated = GeneratedAnswers(texts, lengths, stopped, scores=scores, log_ratios=log_ratios)

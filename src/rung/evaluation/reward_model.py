@@ -29,6 +29,8 @@ BINS = 10
 """Bins of equal numbers of pairs, in which predicted and observed accuracy are compared."""
 MIN_SPREAD = 1e-4
 """Standard deviation of the scores up to which a reward model counts as constant."""
+SCORING_TOKENS = 4096
+"""Tokens of a batch in which answers are scored; a longer answer is a batch of its own."""
 LENGTH_CORRELATION_LIMIT = 0.7
 """Rank correlation with length above which a reward model mostly measures length."""
 Verdict = Literal["healthy", "length", "unproven", "broken"]
@@ -36,12 +38,12 @@ Verdict = Literal["healthy", "length", "unproven", "broken"]
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """A reward model that scores answers during training."""
+    """A reward model that scores answers."""
 
     policy: Policy
     objective: RewardObjective
 
-    def __call__(self, documents: Sequence[Example], budget: int) -> list[float]:
+    def __call__(self, documents: Sequence[Example], budget: int = SCORING_TOKENS) -> list[float]:
         """Score of each document (prompt and answer, ending in its stop)."""
         scores = self.objective.scores
         return values_by_document([self.policy], documents, budget, lambda batch: scores(self.policy, batch).tolist())

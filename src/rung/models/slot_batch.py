@@ -20,17 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from rung.models.base_model import widest_float
 from rung.models.decoding import invert_distribution
 from rung.models.policy import Policy, model_inputs
+from rung.models.slot_layer import SlotLayer, whole_blocks
 from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.models.weight_layout import order_weights
 from rung.types import Segment
 
-SLOT_BLOCK = 64
-"""Slots are added in multiples of this."""
 MIN_KEPT_BEGINNING = 32
 """Tokens; encoding a shorter beginning again costs less than looking for it saves."""
 
@@ -73,39 +71,10 @@ class SlotRow:
         """Whether the row has drawn as many tokens as it may."""
         return self.drawn >= self.sampling.max_new_tokens
 
-
-class _SlotLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of the rows in buffers [capacity, K, S, D], of which the rows and slots in use are shown."""
-
-    def __init__(self, states: KeysValues) -> None:
-        super().__init__()
-        self.buffers = [part.new_zeros(0, part.shape[1], 0, part.shape[3]) for part in states]
-        self.slot_B: Tensor | None = None
-        self.shown = (0, 0)
-        self.keys, self.values = self.buffers
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-
-    def reserve(self, rows: int, slots: int) -> None:
-        """Make room; grown buffers keep what they hold."""
-        for i, buffer in enumerate(self.buffers):
-            if buffer.shape[0] < rows or buffer.shape[2] < slots:
-                shape = (max(rows, buffer.shape[0]), buffer.shape[1], max(slots, buffer.shape[2]), buffer.shape[3])
-                # zeros: a masked slot has no weight, but no weight times what is not a number is not a number
-                larger = buffer.new_zeros(shape)
-                larger[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-                self.buffers[i] = larger
-
-    def show(self, slot_B: Tensor, slots: int) -> None:
-        """Let the next token of each row be written to its slot, and attention read so many slots."""
-        self.slot_B, self.shown = slot_B, (len(slot_B), slots)
-        self.keys, self.values = (buffer[: len(slot_B), :, :slots] for buffer in self.buffers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, K, 1, D]; return what is shown."""
-        rows = torch.arange(self.shown[0], device=self.device)
-        for shown, states in ((self.keys, key_states), (self.values, value_states)):
-            shown[rows, :, self.slot_B] = states[:, :, 0]
-        return self.keys, self.values
+    @property
+    def end(self) -> int:
+        """Slots that the prompt and the longest answer take."""
+        return self.slot + self.sampling.max_new_tokens - self.drawn
 
 
 @dataclass
@@ -145,15 +114,15 @@ class BeginningCache:
 class SlotBatch:
     """The rows of one model."""
 
-    def __init__(self, policy: Policy, *, task: str | None = None, beginnings_bytes: int = 0) -> None:
-        self.policy, self.task = policy, task
+    def __init__(self, policy: Policy, *, beginnings_bytes: int = 0) -> None:
+        self.policy = policy
         self.rows: list[SlotRow] = []
         self.beginnings = BeginningCache(beginnings_bytes)
         self.encoded_tokens = self.shared_tokens = 0
         """Prompt tokens that were encoded, and those whose keys were kept from earlier prompts."""
-        self._layers: list[_SlotLayer] = []
+        self._layers: list[SlotLayer] = []
         with torch.no_grad(), policy.autocast():
-            self._virtual = policy.virtual_kv(task)
+            self._virtual = policy.virtual_kv()
         order_weights(policy.model)
 
     @property
@@ -180,31 +149,21 @@ class SlotBatch:
             joined.append(SlotRow(sampling, ids[-1], len(ids) - 1, generator))
         if not self._layers:
             states = kv_by_layer or self._packed(np.array(ids[-1:], dtype=np.int64), 0, None)
-            self._layers = [_SlotLayer(states[layer]) for layer in sorted(states)]
-        rows, slots = self._buffer_shape(joined)
+            self._layers = [SlotLayer(states[layer]) for layer in sorted(states)]
+        rows, slots = _buffer_shape([row.end for row in (*self.rows, *joined)])
         for slot_layer in self._layers:
             slot_layer.reserve(rows, slots)
         first = len(self.rows)
         for layer in sorted(kv_by_layer):
-            for buffer, part in zip(self._layers[layer].buffers, kv_by_layer[layer], strict=True):
-                buffer[first : first + len(joined), :, : len(ids) - 1] = part
+            self._layers[layer].write(slice(first, first + len(joined)), kv_by_layer[layer])
         # last: where memory was missing, the batch is what it was
         self.rows += joined
         return joined
 
-    def bytes_with(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> int:
-        """Bytes of keys and values in the buffers if these rows joined."""
-        return self._bytes(*self._buffer_shape(self._rows_of(prompt_tokens, samplings)))
-
-    def bytes_for(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> int:
-        """The same of these rows alone."""
-        rows = self._rows_of(prompt_tokens, samplings)
-        return self._bytes(len(rows), max(row.slot + row.sampling.max_new_tokens for row in rows))
-
-    def _rows_of(self, prompt_tokens: int, samplings: Sequence[RowSampling]) -> list[SlotRow]:
-        return [SlotRow(s, 0, max(0, prompt_tokens - 1), torch.Generator()) for s in samplings]
-
-    def _bytes(self, rows: int, slots: int) -> int:
+    def cache_bytes(self, prompt_tokens: int, samplings: Sequence[RowSampling], *, alone: bool = False) -> int:
+        """Bytes of keys and values in the buffers if rows for these samplings joined, or were `alone` in them."""
+        ends = [max(0, prompt_tokens - 1) + sampling.max_new_tokens for sampling in samplings]
+        rows, slots = _buffer_shape(ends if alone else [*ends, *(row.end for row in self.rows)])
         shape = self.policy.base.shape
         return 2 * rows * slots * shape.layers * shape.kv * self.policy.base.compute_dtype.itemsize
 
@@ -217,8 +176,7 @@ class SlotBatch:
         place, last = self.rows.index(row), len(self.rows) - 1
         if place != last:
             for layer in self._layers:
-                for buffer in layer.buffers:
-                    buffer[place] = buffer[last]
+                layer.copy_row(last, place)
             self.rows[place] = self.rows[last]
         self.rows.pop()
         if not self.rows:  # one long answer must not hold its memory for ever
@@ -231,13 +189,13 @@ class SlotBatch:
             return []
         policy, device = self.policy, self.policy.device
         slot_B = torch.tensor([row.slot for row in self.rows], device=device)
-        slots = -(-(max(row.slot for row in self.rows) + 1) // SLOT_BLOCK) * SLOT_BLOCK
+        slots = whole_blocks(max(row.slot for row in self.rows) + 1)
         for layer in self._layers:
             layer.show(slot_B, slots)
         last_B1 = torch.tensor([[row.last_token] for row in self.rows], device=device)
         with policy.autocast():
             out = policy.model(
-                **model_inputs(policy.embed(last_B1, self.task)),
+                **model_inputs(policy.embed(last_B1, None)),
                 position_ids=(slot_B + policy.method.virtual_tokens)[:, None],
                 past_key_values=Cache(layers=self._layers),
                 prefix=self._virtual,
@@ -250,12 +208,6 @@ class SlotBatch:
         for row, token in zip(self.rows, drawn, strict=True):
             row.last_token, row.slot, row.drawn = token.token, row.slot + 1, row.drawn + 1
         return list(zip(self.rows, drawn, strict=True))
-
-    def _buffer_shape(self, joining: Sequence[SlotRow]) -> tuple[int, int]:
-        """Rows and slots with room for whole answers: buffers that grow with every block would be copied as often."""
-        rows = [*self.rows, *joining]
-        slots = max(row.slot + row.sampling.max_new_tokens - row.drawn for row in rows)
-        return len(rows), -(-slots // SLOT_BLOCK) * SLOT_BLOCK
 
     def _encode(self, ids: np.ndarray) -> KVByLayer:
         """Keys and values of a prompt [1, K, T, D], from the longest beginning that is kept."""
@@ -282,8 +234,13 @@ class SlotBatch:
         positions = torch.arange(start, start + len(ids), device=device) + policy.method.virtual_tokens
         context = self._virtual if beginning is None else concatenate_kv(self._virtual, beginning)
         with policy.autocast():
-            inputs = policy.embed(torch.from_numpy(ids).to(device), self.task)
+            inputs = policy.embed(torch.from_numpy(ids).to(device), None)
             return policy.packed_kv(inputs, positions, (Segment(0, len(ids), None),), context)
+
+
+def _buffer_shape(ends: Sequence[int]) -> tuple[int, int]:
+    """Rows and slots with room for whole answers: buffers that grow with every block would be copied as often."""
+    return len(ends), whole_blocks(max(ends))
 
 
 def _first(states: KeysValues, tokens: int) -> KeysValues:

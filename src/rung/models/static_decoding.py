@@ -2,11 +2,11 @@
 
 A step of decoding launches some fifty kernels a layer, each of microseconds, and a host that launches them one by one
 keeps a card waiting most of the time. Here a step reads and writes the same tensors every time: each row has its own
-slots from the first on, so that rows of different lengths need no common end, and the chosen tokens stay on the card.
-So it is recorded once for a batch (`torch.cuda.graph`) and replayed; the host reads the tokens of `READ_EVERY` steps at
-once, cuts them where an answer ended, and gives free places to prompts that wait. The cost: up to `READ_EVERY` - 1
-tokens computed beyond the end of an answer, and room for the longest answer in every place. Where a model cannot be
-recorded, its steps are launched one by one. `models/generate.py` chooses it on cards; processors keep
+slots from the first on (`models/slot_layer.py`), and the chosen tokens stay on the card. So it is recorded once for a
+batch (`torch.cuda.graph`) and replayed; the host reads the tokens of `READ_EVERY` steps at once, cuts them where an
+answer ended, and gives free places to prompts that wait. The cost: up to `READ_EVERY` - 1 tokens computed beyond the
+end of an answer, and room for the longest answer in every place. Where a model cannot be recorded, its steps are
+launched one by one. `models/generate.py` chooses it on cards; processors keep
 `models/decoding.py`, whose rows end together and whose batch shrinks.
 
 Suffixes: B places of the batch, S slots (without the shared prefix), K key/value heads, C steps between two reads.
@@ -19,20 +19,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from rung.console import print_status
 from rung.models.decoding import Decoder, GeneratedAnswer, Request, Row, encoded_together
 from rung.models.policy import Policy, model_inputs
-from rung.models.tree_attention import KeysValues, KVByLayer
+from rung.models.slot_layer import SlotLayer, whole_blocks
+from rung.models.tree_attention import KVByLayer
 from rung.planning.memory import PREFILL_TOKENS
 
 READ_EVERY = 16
 """Steps between two reads of the tokens: a read waits for the card, and a step beyond an end is lost."""
-SLOT_BLOCK = 64
-"""Slots are a multiple of this."""
 MIN_RECORDED_TOKENS = 32
 """Longest answer from which on a recording is made: it costs the time of several steps."""
 WARM_STEPS = 3
@@ -60,28 +57,6 @@ def merges_adapter(policy: Policy, slots: int) -> bool:
     copies = sum(int(weight.nbytes) for weight in adapted)
     cache = 2 * slots * shape.layers * shape.kv * policy.base.compute_dtype.itemsize
     return copies + cache + copies // 2 <= free
-
-
-class StaticCacheLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer of fixed buffers: a new token is written at its row's own slot."""
-
-    def __init__(self, states: KeysValues, slot_B: Tensor, slots: int) -> None:
-        super().__init__()
-        self.slot_B, self.places = slot_B, torch.arange(len(slot_B), device=slot_B.device)
-        # zeros: a masked slot has no weight, but no weight times what is not a number is not a number
-        self.keys, self.values = (s.new_zeros(len(slot_B), s.shape[1], slots, s.shape[3]) for s in states)
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, K, 1, D] in place; return the buffers [B, K, S, D]."""
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[self.places, :, self.slot_B] = states[:, :, 0]
-        return self.keys, self.values
-
-    def write(self, place: int, states: Sequence[Tensor]) -> None:
-        """Put the keys and values [K, T, D] of a prompt into the first slots of a place."""
-        for buffer, part in zip((self.keys, self.values), states, strict=True):
-            buffer[place, :, : part.shape[1]] = part
 
 
 class StaticDecoder:
@@ -121,7 +96,7 @@ class StaticDecoder:
         is_stream = decoder.on_token is not None and len(requests) * per_prompt == 1
         self.read_every = 1 if is_stream else READ_EVERY
         self.last_slot = max(len(request.suffix) + request.limit for request in requests) - 2
-        self.slots = -(-(self.last_slot + 1) // SLOT_BLOCK) * SLOT_BLOCK
+        self.slots = whole_blocks(self.last_slot + 1)
         self.rows = [None] * (prompts * per_prompt)
         places = len(self.rows)
         self.slot_B, self.last_B = (torch.zeros(places, dtype=torch.long, device=device) for _ in range(2))
@@ -135,8 +110,11 @@ class StaticDecoder:
         """Make the buffers, for keys and values like these."""
         if not kv_by_layer:  # prompts of one token, which is not encoded
             _, kv_by_layer = self.decoder.encode([[0]])
-        layers = (StaticCacheLayer(kv_by_layer[i], self.slot_B, self.slots) for i in sorted(kv_by_layer))
-        self.cache = Cache(layers=list(layers))
+        layers = [SlotLayer(kv_by_layer[i]) for i in sorted(kv_by_layer)]
+        for layer in layers:
+            layer.reserve(len(self.rows), self.slots)
+            layer.show(self.slot_B, self.slots)
+        self.cache = Cache(layers=layers)
 
     def _join(self, waiting: deque[Request], answers: dict[int, list[Row]]) -> None:
         """Encode prompts up to their last token, for all groups of places that are free."""
@@ -152,9 +130,8 @@ class StaticDecoder:
                 self._add_layers(kv_by_layer)
             for segment, (group, _) in zip(segments, joining[part], strict=True):
                 for layer, states in kv_by_layer.items():
-                    parts = [s[0, :, segment.start : segment.end] for s in states]
-                    for place in range(group, group + per_prompt):
-                        self.cache.layers[layer].write(place, parts)
+                    key, value = (part[:, :, segment.start : segment.end] for part in states)
+                    self.cache.layers[layer].write(slice(group, group + per_prompt), (key, value))
         places, slots, tokens = list[int](), list[int](), list[int]()
         for group, request in joining:
             for place in range(group, group + per_prompt):

@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rung.config.method import BASE_CHANGING_METHODS, MixtureConfig, QloraConfig, front_virtual_tokens
 from rung.config.run import RunConfig
@@ -29,9 +28,8 @@ from rung.planning.method_cost import (
 from rung.planning.recomputation import (
     CUDA_FRAGMENTATION,
     UNFUSED_FACTOR,
+    RecomputeRule,
     document_limit,
-    layers_to_offload,
-    layers_to_recompute,
     scratch_bytes_per_token,
 )
 from rung.planning.throughput import generates_rollouts
@@ -416,14 +414,12 @@ def _recomputed_layers(
     None where a router's load is balanced.
     """
     balances = isinstance(config.method, MixtureConfig) and config.method.balance_weight > 0.0
-    if balances or micro_batch.documents > 1:
+    if balances or micro_batch.documents > 1 or micro_batch.document_bytes is None:
         return 0, 0
-    compute, device, size = micro_batch.compute_dtype, micro_batch.device, micro_batch.document_bytes
-    limit = None if size is None else document_limit(config, shape, compute, size, device)
-    options: dict[str, Any] = {"lowest": min(cost.lowest_layer, shape.layers), "limit": limit}
-    options |= {"compute": compute, "device": device}
-    counts = [len(rule(shape, micro_batch.tokens, **options)) for rule in (layers_to_recompute, layers_to_offload)]
-    return counts[0], counts[1]
+    compute, device, tokens = micro_batch.compute_dtype, micro_batch.device, micro_batch.tokens
+    limit = document_limit(config, shape, compute, micro_batch.document_bytes, device)
+    rule = RecomputeRule(shape, limit, compute, device, lowest=min(cost.lowest_layer, shape.layers))
+    return len(rule.layers_to_recompute(tokens)), len(rule.layers_to_offload(tokens))
 
 
 def _sharded(

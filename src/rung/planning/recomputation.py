@@ -3,11 +3,12 @@
 A layer that is computed again in the backward pass (Chen et al. 2016) stores its input alone; where the inputs of all
 layers are too much for a card, those of the lowest layers wait in the pinned memory of the host. Both cost time and
 change no result: a second forward pass of those layers, and two copies of an input over the bus. The planner and the
-trainer ask the same functions, so that a run does what its plan says.
+trainer ask the same rule, so that a run does what its plan says.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from rung.config.run import RunConfig
@@ -68,61 +69,68 @@ def scratch_bytes_per_token(shape: ModelShape, compute: str, device: str = "cpu"
     return max(block, attention)
 
 
-def layers_to_recompute(
-    shape: ModelShape,
-    tokens: int,
-    compute: str = "float32",
-    *,
-    lowest: int = 0,
-    limit: DocumentLimit | None,
-    device: str = "cpu",
-) -> range:
-    """The layers that a document of `tokens` tokens must recompute so that its activations fit into the limit.
+@dataclass(frozen=True)
+class RecomputeRule:
+    """Which layers a document computes again, and whose inputs leave the card, by the length of the document.
 
-    Layers below `lowest` are frozen and store nothing. A recomputed layer stores its input: H numbers a token. On a
-    card `limit` is for the longest document that keeps everything (`document_bytes_that_fit`); a longer one leaves less
-    for activations, because its head and temporaries are larger, and a layer that is computed again. So a single
-    trained layer is not computed again there: it would store everything meanwhile.
+    Layers below `lowest` are frozen and store nothing. On a card `limit` is for the longest document that keeps
+    everything (`document_bytes_that_fit`); a longer one leaves less for activations, because its head and temporaries
+    are larger, and a layer that is computed again.
     """
-    trained_layers = shape.layers - lowest
-    if limit is None or (device != "cpu" and trained_layers < 2):
-        return range(lowest, lowest)
-    layer_bytes = stored_layer_bytes(shape, compute, device, trained_layers, limit)
-    saved_bytes = tokens * (layer_bytes - DTYPE_BYTES[compute] * shape.width)
-    if tokens * trained_layers * layer_bytes <= limit.bytes:
-        return range(lowest, lowest)
-    excess_bytes = tokens * trained_layers * layer_bytes - _room(shape, tokens, compute, lowest, limit, device)
-    return range(lowest, lowest + min(trained_layers, -(-excess_bytes // saved_bytes)))
 
+    shape: ModelShape
+    limit: DocumentLimit
+    compute: str = "float32"
+    device: str = "cpu"
+    lowest: int = 0
 
-def layers_to_offload(
-    shape: ModelShape,
-    tokens: int,
-    compute: str = "float32",
-    *,
-    lowest: int = 0,
-    limit: DocumentLimit | None,
-    device: str = "cpu",
-) -> range:
-    """Those of the layers to recompute whose inputs wait in the memory of the host; arguments as above.
+    @property
+    def trained_layers(self) -> int:
+        """Layers from the lowest trained one up."""
+        return self.shape.layers - self.lowest
 
-    None while some layer still keeps everything, and none on a processor, whose memory that is.
-    """
-    recomputed = layers_to_recompute(shape, tokens, compute, lowest=lowest, limit=limit, device=device)
-    if limit is None or device == "cpu" or not recomputed or len(recomputed) < shape.layers - lowest:
-        return range(lowest, lowest)
-    input_bytes = tokens * DTYPE_BYTES[compute] * shape.width
-    excess_bytes = max(0, len(recomputed) * input_bytes - _room(shape, tokens, compute, lowest, limit, device))
-    return range(lowest, lowest + min(len(recomputed), -(-excess_bytes // input_bytes)))
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes a token that a layer stores which is not computed again."""
+        return stored_layer_bytes(self.shape, self.compute, self.device, self.trained_layers, self.limit)
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes a token of a layer's input, H numbers: what a recomputed layer stores."""
+        return DTYPE_BYTES[self.compute] * self.shape.width
 
-def _room(shape: ModelShape, tokens: int, compute: str, lowest: int, limit: DocumentLimit, device: str) -> int:
-    """Bytes that are left for the activations of a document that recomputes layers."""
-    if device == "cpu":
-        return limit.bytes
-    layer_bytes = stored_layer_bytes(shape, compute, device, shape.layers - lowest, limit)
-    fitting_tokens = limit.bytes // ((shape.layers - lowest) * layer_bytes)
-    # the head stores three vectors a learned token, all of them here
-    head = 3 * DTYPE_BYTES[compute] * shape.width / (1.0 + CUDA_FRAGMENTATION)
-    other = int(scratch_bytes_per_token(shape, compute, device) + head)
-    return limit.bytes - max(0, tokens - fitting_tokens) * other - tokens * layer_bytes
+    def layers_to_recompute(self, tokens: int) -> range:
+        """The layers that a document of `tokens` tokens must recompute so that its activations fit into the limit.
+
+        On a card a single trained layer is not computed again: it would store everything meanwhile.
+        """
+        is_lone = self.device != "cpu" and self.trained_layers < 2
+        all_bytes = tokens * self.trained_layers * self.layer_bytes
+        if is_lone or all_bytes <= self.limit.bytes:
+            return self._lowest_layers(0)
+        saved_bytes = tokens * (self.layer_bytes - self.input_bytes)
+        return self._lowest_layers(min(self.trained_layers, -(-(all_bytes - self._room(tokens)) // saved_bytes)))
+
+    def layers_to_offload(self, tokens: int) -> range:
+        """Those of the layers to recompute whose inputs wait in the memory of the host.
+
+        None while some layer still keeps everything, and none on a processor, whose memory that is.
+        """
+        count, input_bytes = len(self.layers_to_recompute(tokens)), tokens * self.input_bytes
+        if self.device == "cpu" or not count or count < self.trained_layers:
+            return self._lowest_layers(0)
+        excess_bytes = max(0, count * input_bytes - self._room(tokens))
+        return self._lowest_layers(min(count, -(-excess_bytes // input_bytes)))
+
+    def _lowest_layers(self, count: int) -> range:
+        return range(self.lowest, self.lowest + count)
+
+    def _room(self, tokens: int) -> int:
+        """Bytes that are left for the activations of a document that recomputes layers."""
+        if self.device == "cpu":
+            return self.limit.bytes
+        fitting_tokens = self.limit.bytes // (self.trained_layers * self.layer_bytes)
+        # the head stores three vectors a learned token, all of them here
+        head = 3 * self.input_bytes / (1.0 + CUDA_FRAGMENTATION)
+        other = int(scratch_bytes_per_token(self.shape, self.compute, self.device) + head)
+        return self.limit.bytes - max(0, tokens - fitting_tokens) * other - tokens * self.layer_bytes

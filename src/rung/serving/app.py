@@ -44,8 +44,8 @@ from rung.serving.protocol import (
     usage,
 )
 from rung.serving.protocol import Response as Reply
-from rung.serving.scoring import prompt_logprobs, scored_documents, scores
-from rung.types import Message
+from rung.serving.scoring import prompt_logprobs, scored_documents
+from rung.types import Example, Message
 from rung.web.access import AccessControl, AccessError
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -171,14 +171,9 @@ class Handlers:
         served = self._served(asked.model)
         if (scorer := served.scorer) is None:
             raise RequestError("this model writes answers: a reward model gives scores", param="model")
-        limit, chat = self.engine.batches[served.name].max_tokens, served.model.chat.with_control_tokens(None)
-        try:
-            with self.tokenizing:
-                documents = scored_documents(chat, asked.text_1, asked.answers(), limit)
-        except RungError as error:
-            raise RequestError(f"this cannot be scored: {error.summary}", param="text_2") from None
+        documents = await asyncio.to_thread(self._documents, asked, served)
         found: list[float] = []
-        run = _Running(self.engine, served.name, [], [], [], compute=lambda: found.extend(scores(scorer, documents)))
+        run = _Running(self.engine, served.name, [], [], [], compute=lambda: found.extend(scorer(documents)))
         await run.finish(request)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)]
         head = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": served.name}
@@ -235,7 +230,7 @@ class Handlers:
         if len(samplings) > self.engine.max_rows:
             raise RequestError(f"this server generates {self.engine.max_rows} answers at once", param="n")
         batch = self.engine.batches[served.name]
-        if samplings and batch.bytes_for(len(prompt), samplings) > self.engine.cache_bytes:
+        if samplings and batch.cache_bytes(len(prompt), samplings, alone=True) > self.engine.cache_bytes:
             raise RequestError("so many answers of this length do not fit into memory", param="n")
 
     def _prompt_ids(self, chat: ChatTemplate, turns: Sequence[Message], tools: str | None) -> list[int]:
@@ -244,6 +239,14 @@ class Handlers:
                 return chat.prompt_ids(turns, tools=tools)
         except RungError as error:
             raise RequestError(f"the template refuses these messages: {error.summary}", param="messages") from None
+
+    def _documents(self, asked: ScoreRequest, served: ServedModel) -> list[Example]:
+        limit, chat = self.engine.batches[served.name].max_tokens, served.model.chat.with_control_tokens(None)
+        try:
+            with self.tokenizing:
+                return scored_documents(chat, asked.text_1, asked.answers(), limit)
+        except RungError as error:
+            raise RequestError(f"this cannot be scored: {error.summary}", param="text_2") from None
 
     def _completion_ids(self, chat: ChatTemplate, prompt: str | list[int], served: ServedModel) -> list[int]:
         if isinstance(prompt, str):

@@ -193,7 +193,7 @@ class Engine:
     def _has_room(self, job: Job) -> bool:
         if not self._running or not job.samplings:
             return True
-        fits = self.batches[job.model].bytes_with(len(job.prompt), job.samplings) <= self.cache_bytes
+        fits = self.batches[job.model].cache_bytes(len(job.prompt), job.samplings) <= self.cache_bytes
         return fits and len(self._running) + len(job.samplings) <= self.max_rows
 
     def _join(self, job: Job) -> None:

@@ -42,15 +42,21 @@ class RequestError(Exception):
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **{name: (0, 0.0) for name in ("frequency_penalty", "presence_penalty", "min_p", "min_tokens")},
-    **{"logit_bias": ({},), "top_k": (-1, 0), "repetition_penalty": (1, 1.0), "best_of": (1,), "suffix": ("",)},
-    **{
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "ignore_eos": (False,),
-        "tool_choice": ("auto", "none"),
-    },
-    **{"parallel_tool_calls": (True,), "skip_special_tokens": (True,)},
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("auto", "none"),
+    "top_k": (-1, 0),
 }
 """Fields of other servers with the values that change nothing."""
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})

@@ -1,4 +1,4 @@
-"""Numbers about texts that exist already: log-probabilities of a prompt's tokens, scores of a reward model."""
+"""Texts that exist already: log-probabilities of a prompt's tokens, documents for a reward model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rung.data.chat import ChatTemplate
 from rung.data.tokenize import tokenize_records
-from rung.evaluation.reward_model import RewardScorer
 from rung.models.packing import pack_separately
 from rung.models.policy import Policy
 from rung.models.slot_batch import DrawnToken
@@ -18,8 +17,6 @@ from rung.types import Example, Message, Record, Source
 
 ROWS_OF_LOGITS = 256
 """Positions of a prompt whose logits are in memory at once."""
-SCORING_TOKENS = 4096
-"""Tokens of a batch of answers that a reward model reads; a longer answer is a batch of its own."""
 
 
 @torch.no_grad()
@@ -47,8 +44,3 @@ def scored_documents(chat: ChatTemplate, question: str, answers: Sequence[str], 
     turns = [(Message("user", question), Message("assistant", answer)) for answer in answers]
     records = [Record(pair, Source("request", i)) for i, pair in enumerate(turns, start=1)]
     return list(tokenize_records(chat, records, max_length=limit, overflow="error").examples)
-
-
-def scores(scorer: RewardScorer, documents: Sequence[Example]) -> list[float]:
-    """A number for each document; only differences between answers to one prompt mean something."""
-    return scorer(documents, SCORING_TOKENS)

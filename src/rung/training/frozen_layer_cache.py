@@ -135,7 +135,8 @@ class FileStore:
     def put(self, key: bytes, states_TH: Tensor, rows: np.ndarray) -> None:
         """Append the given rows. Raises `CheckpointError` where the disk is full."""
         # bytes of any dtype: numpy has no bfloat16
-        raw = states_TH[torch.from_numpy(rows)].contiguous().view(torch.uint8).numpy().tobytes()
+        states = states_TH[torch.from_numpy(rows).to(states_TH.device)].cpu()
+        raw = states.contiguous().view(torch.uint8).numpy().tobytes()
         offset = self.file.append(raw)
         self.entries[key] = _Entry(offset, len(raw), zlib.crc32(raw), states_TH.dtype, states_TH.shape[1])
 
@@ -178,8 +179,6 @@ class FrozenLayerCache:
         options: Any = {"share_prefixes": self.share_prefixes, "device": self.policy.device}
         for batch in pack_together(missing, self.budget, boundary=self.policy.rope_boundary, **options):
             states = self.policy.hidden_states_entering(batch, self.layer)
-            if isinstance(self.store, FileStore):
-                states = states.cpu()  # one copy for all documents
             for document, rows in zip(batch.documents, batch.rows, strict=True):
                 self.store.put(_key(document), states, rows)
 

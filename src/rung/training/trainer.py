@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,7 +28,7 @@ from rung.models.packing import largest_first, pack, pack_lazily, pack_separatel
 from rung.models.policy import Policy
 from rung.models.threads import contention_notice
 from rung.objectives.protocol import Objective
-from rung.planning.recomputation import CPU_DOCUMENT_BYTES, DocumentLimit, layers_to_offload, layers_to_recompute
+from rung.planning.recomputation import CPU_DOCUMENT_BYTES, DocumentLimit, RecomputeRule
 from rung.training import checkpoint
 from rung.training.distributed import SINGLE_PROCESS, World
 from rung.training.early_stopping import EarlyStopping
@@ -139,11 +138,11 @@ class Trainer:
         self.share_prefixes = self._can_share_prefixes()
         self.lowest_trained_layer = lowest_trainable_layer(self.policy.model, self.method.trainable())
         if self.method.supports_recompute():
-            lowest, compute = self.lowest_trained_layer, self.policy.base.dtype_name
-            options: Any = {"compute": compute, "lowest": lowest, "limit": self.document_limit}
-            options["device"] = self.policy.device.type
-            self.policy.layers_to_recompute = partial(layers_to_recompute, self.policy.base.shape, **options)
-            self.policy.layers_to_offload = partial(layers_to_offload, self.policy.base.shape, **options)
+            base, device = self.policy.base, self.policy.device.type
+            limit, lowest = self.document_limit, self.lowest_trained_layer
+            rule = RecomputeRule(base.shape, limit, base.dtype_name, device, lowest)
+            self.policy.layers_to_recompute = rule.layers_to_recompute
+            self.policy.layers_to_offload = rule.layers_to_offload
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
