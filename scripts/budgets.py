@@ -22,11 +22,12 @@ BASES = {
     "GenerationRequest",
     *("NamedTuple", "TypedDict", "DynamicLayer", "SafeLoader", "Sequence", "LazySequence", "PeftConfig"),
     *("BaseTuner", "BaseTunerLayer", "StrEnum", "Exception", "Preference"),
+    *("H11Protocol", "Response"),
     *("float", "str"),
 }
-"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, exceptions,
-one number that keeps its digits, and `str` for a line that is safe to print as it is: every table gives lines, which
-are joined and searched as text."""
+"""Inheritance stays with protocols (sequences are), configs, torch modules and functions, peft's tuners, what a web
+server calls, exceptions, one number that keeps its digits, and `str` for a line that is safe to print as it is: every
+table gives lines, which are joined and searched as text."""
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from conftest import CHATML
 from models import tiny_model
 from processes import files_below, inside
 from rung.commands.export import ExportRequest, export
-from rung.exporting import gguf_file, llama_cpp
+from rung.exporting import gguf_file, llama_cpp_process
 from rung.files import require_undamaged
 from rung.methods import adapter_files
 
@@ -120,7 +120,7 @@ def test_without_llama_cpp_or_memory_it_says_that_nothing_is_proved(
     run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(llama_cpp, "is_installed", lambda: False)
+        patch.setattr(llama_cpp_process, "is_installed", lambda: False)
         code, out, err = inside(capsys, "export", run, tmp_path / "out")
         assert code == 0, err
         assert "not proved" in out and "rung[export]" in out
@@ -249,7 +249,7 @@ def test_a_killed_llama_cpp_is_an_error_and_no_hang(run: Path, tmp_path: Path, c
             [sys.executable, "-c", "import sys; print('error: no', file=sys.stderr); sys.exit(6)"], **options
         )
 
-    monkeypatch.setattr(llama_cpp.subprocess, "Popen", dies)
+    monkeypatch.setattr(llama_cpp_process.subprocess, "Popen", dies)
     code, _, err = inside(capsys, "export", run, tmp_path / "out")
     assert code == 3 and "does not load" in err and "error: no" in err
     assert not (tmp_path / "out").exists()

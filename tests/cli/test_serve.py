@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,54 +30,12 @@ from rung.models.packing import pack_separately
 from rung.models.slot_batch import SlotBatch
 from rung.models.slot_layer import SlotLayer
 from rung.runs.load import open_reward_model, open_target
-from rung.serving import app
-from rung.serving.app import make_app
-from rung.serving.catalog import open_models
+from rung.serving import engine_model
+from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
 from rung.types import Message, Record, Source
-
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@contextmanager
-def served(*targets: object, key: str | None = None, **limits: int) -> Iterator[tuple[int, Engine]]:
-    """A server on a free port in a thread of this process."""
-    options = {"max_rows": 8, "max_waiting": 64, "cache_bytes": 2**26, "beginnings_bytes": 2**24, **limits}
-    engine = Engine(open_models([str(target) for target in targets]), **options)
-    engine.start()
-    config = uvicorn.Config(make_app(engine, key), port=0, log_level="error", access_log=False, http="h11", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield port, engine
-    for place in [place for place in CLIENTS if place[0] == port]:
-        CLIENTS.pop(place).close()
-    server.should_exit = True
-    thread.join()
-    engine.stop()
-    assert not engine.active_rows and not engine.waiting
-
-
-CLIENTS: dict[tuple[int, str], openai.OpenAI] = {}
-
-
-def client(port: int, key: str = "none") -> openai.OpenAI:
-    if (port, key) not in CLIENTS:
-        url = f"http://127.0.0.1:{port}/v1"
-        CLIENTS[port, key] = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
-    return CLIENTS[port, key]
-
-
-def post(port: int, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("POST", path, body, {"content-type": "application/json", **headers})
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    return response.status, json.loads(text)
+from rung.web import header_timeout
+from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +161,9 @@ def test_several_runs_on_one_base(config: Path, tmp_path: Path, tiny_base: Path,
     expected = {path.name: open_target(path).answer("what is in it, 3?", max_new_tokens=8) for path in targets}
     with served(*targets, tiny_base) as (port, engine):
         low_rank, soft, bare = (served_model.model.policy for served_model in engine.models.values())
-        first = [next(iter(p.model.get_input_embeddings().parameters())).data_ptr() for p in (low_rank, soft)]
-        assert first[0] == first[1] and bare is not low_rank
+        places = [next(iter(p.model.get_input_embeddings().parameters())).data_ptr() for p in (low_rank, soft, bare)]
+        # the base is asked for in its own type, the runs computed in float32
+        assert places[0] == places[1] != places[2] and bare is not low_rank
         listed = [model.id for model in client(port).models.list().data]
         assert listed == ["low-rank", "soft", str(tiny_base)]
         for name, text in expected.items():
@@ -215,19 +173,24 @@ def test_several_runs_on_one_base(config: Path, tmp_path: Path, tiny_base: Path,
         with pytest.raises(openai.NotFoundError, match="no such model"):
             client(port).chat.completions.create(model="other", messages=messages)
     assert expected["low-rank"] != expected["soft"]
+    assert inside(capsys, "train", config, f"model={{name: {tiny_base}}}", f"output={tmp_path / 'auto'}")[0] == 0
+    for targets in ([tiny_base, tmp_path / "auto"], [tmp_path / "auto", tiny_base]):
+        opened = open_models(model_names([str(target) for target in targets])).values()
+        parts = [next(iter(m.model.policy.model.get_input_embeddings().parameters())).data_ptr() for m in opened]
+        assert parts[0] == parts[1]  # of one type: in memory once, whatever comes first
 
 
 def test_a_reward_model_scores(
     compared: Path, tmp_path: Path, tiny_base: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The differences are those that `rung eval` ranks by: of the same documents as in training."""
-    threads, tokenize = list[str](), app.scored_documents
+    threads, tokenize = list[str](), engine_model.scored_documents
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread().name)
         return tokenize(*args)
 
-    monkeypatch.setattr(app, "scored_documents", noted)
+    monkeypatch.setattr(engine_model, "scored_documents", noted)
     code, _, err = inside(capsys, "train", compared, "objective={kind: reward}", f"output={tmp_path / 'judge'}")
     assert code == 0, err
     policy, chat, objective, _ = open_reward_model(tmp_path / "judge")
@@ -380,23 +343,6 @@ def test_offsets_are_those_of_the_text(base: tuple[int, Engine, Path]) -> None:
     assert offsets == sorted(offsets) and len(offsets) == 6
 
 
-WORDS = st.sampled_from(
-    ["model", "messages", "prompt", "n", "stop", "seed", "stream", "logprobs", "tools", "role", "x"]
-)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
-    max_leaves=8,
-)
-NO_REQUESTS = st.one_of(
-    st.binary(max_size=60),
-    JSON.map(lambda value: json.dumps(value).encode()),
-    st.dictionaries(WORDS, JSON, max_size=5).map(
-        lambda extra: json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 1, **extra}).encode()
-    ),
-)
-
-
 def try_no_requests(base: tuple[int, Engine, Path], count: int) -> None:
     port, engine, _ = base
     paths = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/score"])
@@ -460,48 +406,6 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_ba
         assert engine.counters.cancelled == 2
 
 
-MALFORMED: list[tuple[bytes, int, str]] = [
-    (b"", 400, "not JSON"),
-    (b"{", 400, "not JSON"),
-    (b"[" * 100_000, 400, "not JSON"),
-    (b"[1]", 400, "no JSON object"),
-    (b'{"messages": []}', 400, "model"),
-    (b'{"model": "NAME", "messages": []}', 400, "messages"),
-    (b'{"model": "NAME", "messages": [{"role": "king", "content": "x"}]}', 400, "role"),
-    (b'{"model": "NAME", "messages": [{"role": "user", "content": 5}]}', 400, "content"),
-    (b'{"model": "NAME", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "text alone"),
-    (b'{"model": "NAME", "messages": [{"role": "assistant", "content": "x"}]}', 400, "an answer already"),
-    (b'{"model": 7, "messages": [{"role": "user", "content": "x"}]}', 400, "model"),
-    *(
-        (b'{"model": "NAME", "messages": [{"role": "user", "content": "x"}], %b}' % extra, 400, said)
-        for extra, said in (
-            (b'"n": 0', "n:"),
-            (b'"n": 1000000', "n:"),
-            (b'"n": "two"', "n:"),
-            (b'"temperature": -1', "temperature"),
-            (b'"temperature": NaN', "temperature"),
-            (b'"temperature": "hot"', "temperature"),
-            (b'"top_p": 0', "top_p"),
-            (b'"top_p": 2', "top_p"),
-            (b'"max_tokens": 0', "max_tokens"),
-            (b'"max_tokens": 100000', "do not fit"),
-            (b'"seed": 1e400', "seed"),
-            (b'"seed": 99999999999999999999999', "seed"),
-            (b'"stop": [""]', "stop"),
-            (b'"stop": 5', "stop"),
-            (b'"stop": ["a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a", "a"]', "stop"),
-            (b'"logit_bias": {"5": 100}', "does not have `logit_bias`"),
-            (b'"frequency_penalty": 0.5', "does not have `frequency_penalty`"),
-            (b'"response_format": {"type": "json_object"}', "does not have `response_format`"),
-            (b'"best_wishes": true', "does not have `best_wishes`"),
-            (b'"stream": "yes"', "stream"),
-            (b'"stream_options": {"other": 1}', "stream_options"),
-            (b'"top_logprobs": 100', "top_logprobs"),
-        )
-    ),
-]
-
-
 @pytest.mark.parametrize(("body", "status", "said"), MALFORMED)
 def test_malformed_requests(body: bytes, status: int, said: str, base: tuple[int, Engine, Path]) -> None:
     port, engine, target = base
@@ -539,6 +443,35 @@ def test_malformed_completions(body: dict[str, Any], said: str, base: tuple[int,
     code, answer = post(port, "/v1/completions", json.dumps({"model": name, **body}).encode())
     assert code == 400 and said in answer["error"]["message"], answer
     assert not engine.active_rows
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /v1/models HTTP/1.1\r\nhost: local",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /health HT",
+        b"POST /v1/models HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\nx",
+    ],
+)
+def test_half_a_request_does_not_hold_a_connection(
+    sent: bytes, base: tuple[int, Engine, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that does not come, however slowly bytes drip, and a body that nobody waits for."""
+    monkeypatch.setattr(header_timeout, "HEADER_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", base[0]), timeout=10) as connection:
+        connection.sendall(sent)
+        start_time = time.monotonic()
+        with suppress(ConnectionError):
+            for _ in range(80):
+                connection.settimeout(0.05)
+                with suppress(TimeoutError):
+                    while connection.recv(1000):
+                        pass
+                    break
+                if sent:
+                    connection.sendall(b"x")
+        assert time.monotonic() - start_time < 3
 
 
 def test_other_paths_and_sizes(base: tuple[int, Engine, Path]) -> None:
@@ -605,6 +538,15 @@ def test_with_a_key(tiny_base: Path) -> None:
         connection.close()
 
 
+def running_answers(port: int) -> int:
+    """Answers that a server generates at this moment."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return int(text.rpartition("rung_answers_running ")[2])
+
+
 def test_the_command(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
     """From start to SIGTERM: what was begun is finished, and nothing of a prompt is in the log."""
     with socket.socket() as free:
@@ -628,7 +570,8 @@ def test_the_command(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
         long = {**options, "max_tokens": 300, "temperature": 0}
         answer = pool.submit(lambda: client(port).chat.completions.create(**long))
         stream = pool.submit(lambda: list(client(port).chat.completions.create(**long, stream=True)))
-        time.sleep(0.15)
+        while running_answers(port) < 2 and not (answer.done() or stream.done()):
+            time.sleep(0.01)
         os.kill(running.pid, signal.SIGTERM)
         assert answer.result().choices[0].finish_reason in ("length", "stop")
         assert stream.result()[-1].choices[0].finish_reason in ("length", "stop")

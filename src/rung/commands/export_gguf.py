@@ -32,7 +32,7 @@ from rung.data.template import for_template
 from rung.errors import CheckpointError, ConfigError, GateError, PlanError, RungError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, score_answers
 from rung.evaluation.prompting import PromptFormat
-from rung.exporting import llama_cpp
+from rung.exporting import llama_cpp_process
 from rung.exporting.gguf_file import GgufModel, WrittenFile, write_adapter
 from rung.exporting.gguf_layout import architecture_of, context_length
 from rung.exporting.gguf_vocabulary import GgufVocabulary, general_name, read_vocabulary
@@ -254,7 +254,7 @@ def _proof_row(chat: ChatTemplate, record: Record) -> ProofRow:
 def _vocabulary(chat: ChatTemplate, size: int, rows: Sequence[ProofRow]) -> GgufVocabulary:
     """The vocabulary of the file; with llama.cpp its pre-tokenizer is tried on the rows."""
     vocabulary = read_vocabulary(chat, size)
-    if not llama_cpp.is_installed():
+    if not llama_cpp_process.is_installed():
         return vocabulary
     texts = [str(turn["content"]) for row in rows for turn in row.messages or ()]
     texts += [row.text for row in rows]
@@ -341,7 +341,7 @@ class RunReference:
 
 def no_proof_reason(source: ExportSource) -> str | None:
     """Why files cannot be compared with the run here; None if they can."""
-    if not llama_cpp.is_installed():
+    if not llama_cpp_process.is_installed():
         return "llama.cpp is not installed (pip install 'rung[export]')"
     return memory_shortage(source.model_config)
 

@@ -1,42 +1,29 @@
 """llama.cpp on a GGUF file: what it tokenizes, renders, answers, and how likely it finds a token.
 
-The package xllamacpp holds llama.cpp's server, which `llama_cpp_server.py` starts in a process of its own: ggml ends
-the process at an error, and an export must survive that to remove the file. `proof.py` compares a run with it, and
-`commands/export_gguf.py` measures with it.
+Its server runs in a process of its own (`llama_cpp_process.py`), whose end an export survives to remove the file.
+`proof.py` compares a run with it, and `commands/export_gguf.py` measures with it.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from rung.errors import GateError
+from rung.exporting.llama_cpp_process import LlamaCppError, LlamaCppOptions, LlamaCppProcess
 
 REQUEST_SECONDS = 600.0
 """Longest wait for one answer."""
 CERTAIN = 1000.0
 """Added to a token's logit, it makes the token certain."""
-STOP_SECONDS = 10.0
-"""Longest wait for the process to end by itself."""
-
-
 _DIRECT = build_opener(ProxyHandler({}))
 """Without the proxy of the environment, which would get the prompts of a server on this machine."""
-
-
-def is_installed() -> bool:
-    """Whether llama.cpp is there (`pip install 'rung[export]'`)."""
-    return find_spec("xllamacpp") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,58 +46,24 @@ class LlamaCpp:
         self, model: Path, context: int, *, threads: int, adapter: Path | None = None, exact: bool = True
     ) -> None:
         self.model = model
-        options = {"model": str(model), "context": context, "threads": threads, "exact": exact}
-        options["adapter"] = None if adapter is None else str(adapter)
-        # a file, since a pipe that nobody empties would stop the server
-        self._log: IO[bytes] = tempfile.TemporaryFile()
-        script = Path(__file__).with_name("llama_cpp_server.py")
-        command = [sys.executable, "-P", str(script), json.dumps(options)]
-        self._process = subprocess.Popen(  # noqa: S603 -- our own script
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
-        )
         try:
-            self.url = self._read_address()
-        except BaseException:
-            self.close()
-            raise
+            self._process = LlamaCppProcess(model, LlamaCppOptions(context, threads, adapter=adapter, is_exact=exact))
+        except LlamaCppError as error:
+            raise self._failure("llama.cpp does not load this file", str(error)) from error
 
     def __enter__(self) -> LlamaCpp:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._process.close()
 
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._log.close()
-
-    def _read_address(self) -> str:
-        # llama.cpp may write lines of its own there
-        for line in self._process.stdout or ():
-            try:
-                return str(json.loads(line))
-            except ValueError:
-                continue
-        raise self._failure("llama.cpp does not load this file")
-
-    def _failure(self, summary: str) -> GateError:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").splitlines()
-        reasons = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or lines[-1:]
-        return GateError(f"gate publish.gguf failed: {summary}", where=self.model.name, given=" ".join(reasons[:1]))
+    def _failure(self, summary: str, reason: str) -> GateError:
+        return GateError(f"gate publish.gguf failed: {summary}", where=self.model.name, given=reason)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         data = json.dumps(body).encode()
-        request = Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})  # noqa: S310 -- our own URL
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._process.key}"}
+        request = Request(f"{self._process.url}{path}", data, headers)  # noqa: S310 -- our own URL
         try:
             with _DIRECT.open(request, timeout=REQUEST_SECONDS) as response:
                 return json.loads(response.read())
@@ -119,7 +72,7 @@ class LlamaCpp:
             summary = "gate publish.gguf failed: llama.cpp refuses a request"
             raise GateError(summary, where=self.model.name, given=reason) from error
         except (URLError, ConnectionError, TimeoutError) as error:
-            raise self._failure("llama.cpp ended") from error
+            raise self._failure("llama.cpp ended", self._process.last_error()) from error
 
     @cached_property
     def _letter(self) -> int:

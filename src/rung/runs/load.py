@@ -335,9 +335,9 @@ def open_runs(paths: Sequence[Path]) -> dict[str, LoadedRun]:
     return {path.name: open_run(path, base.share_weights()) for path in paths}
 
 
-def open_base(config: ModelConfig) -> LoadedRun:
-    """A base without a run, ready to answer."""
-    base = load_base_on_device(config)
+def open_base(config: ModelConfig, base: BaseModel | None = None) -> LoadedRun:
+    """A base without a run, ready to answer; `base` is what was loaded under this config."""
+    base = load_base_on_device(config) if base is None else base
     return LoadedRun(Policy(base, NoMethod()), ChatTemplate.of_model(base.tokenizer, config, base.end_ids))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rung.config.model import ModelConfig
 from rung.errors import ConfigError, PlanError
 from rung.evaluation.reward_model import RewardScorer
 from rung.models.base_model import BaseModel
@@ -13,12 +14,16 @@ from rung.runs.load import (
     LoadedRun,
     config_of_run,
     load_base_on_device,
+    open_base,
     open_reward_model,
     open_run,
     open_target,
     share_base_if_same,
     target_kind,
 )
+
+Bases = list[tuple[ModelConfig, BaseModel]]
+"""Bases that are in memory, with the settings under which they were loaded."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,31 @@ class ServedModel:
     """For a reward model, which gives scores and writes nothing."""
 
 
-def open_models(targets: Sequence[str]) -> dict[str, ServedModel]:
-    """Open runs and bases. The name of a run is that of its folder, of a base the one that was given.
+def model_names(targets: Sequence[str]) -> dict[str, str]:
+    """Targets by the name of each model: that of its folder or file, of a base the one that was given.
 
-    Raises `ConfigError` for two models of one name, a server and a climb; `PlanError` for a run with tasks of its own.
+    Raises `ConfigError` for two models of one name.
     """
     names = [_name(target) for target in targets]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        hint = "the name of a run is that of its folder"
+        hint = "the name of a run is that of its folder, of a GGUF file the file's"
         raise ConfigError("two models have one name", given=", ".join(repeated), hint=hint)
-    bases: list[BaseModel] = []
+    return dict(zip(names, targets, strict=True))
+
+
+def is_gguf_file(target: str) -> bool:
+    """Whether llama.cpp serves this target."""
+    return target_kind(target) == "base" and Path(target).suffix.lower() == ".gguf"
+
+
+def open_models(targets: Mapping[str, str]) -> dict[str, ServedModel]:
+    """Open runs and bases by name.
+
+    Raises `ConfigError` for a server and a climb, `PlanError` for a run with tasks of its own.
+    """
+    bases: Bases = []
     served = {}
-    for name, target in zip(names, targets, strict=True):
+    for name, target in targets.items():
         if (reward := _reward_model(target, bases)) is not None:
             served[name] = ServedModel(name, *reward)
             continue
@@ -56,7 +74,7 @@ def open_models(targets: Sequence[str]) -> dict[str, ServedModel]:
     return served
 
 
-def _reward_model(target: str, bases: list[BaseModel]) -> tuple[LoadedRun, tuple[str, ...], RewardScorer] | None:
+def _reward_model(target: str, bases: Bases) -> tuple[LoadedRun, tuple[str, ...], RewardScorer] | None:
     run = Path(target)
     if target_kind(target) != "run" or config_of_run(run).objective.kind != "reward":
         return None
@@ -66,22 +84,29 @@ def _reward_model(target: str, bases: list[BaseModel]) -> tuple[LoadedRun, tuple
 
 
 def _name(target: str) -> str:
+    if is_gguf_file(target):
+        return Path(target).stem
     return Path(target).resolve().name if target_kind(target) == "run" else target
 
 
-def _open(target: str, bases: list[BaseModel]) -> LoadedRun:
-    if target_kind(target) != "run" or not (Path(target) / "adapter").is_dir():
+def _open(target: str, bases: Bases) -> LoadedRun:
+    if target_kind(target) == "run" and (Path(target) / "adapter").is_dir():
+        return open_run(Path(target), _base_for(Path(target), bases))
+    if target_kind(target) != "base":
         return open_target(target)
-    return open_run(Path(target), _base_for(Path(target), bases))
+    settings = ModelConfig(name=target)
+    base = next((base for loaded, base in bases if loaded == settings), None)
+    return open_base(settings, _loaded(settings, bases) if base is None else base.share_weights())
 
 
-def _base_for(run: Path, bases: list[BaseModel]) -> BaseModel:
-    """Modules of its own for each run: an adapter that is attached to one must not be seen by another."""
-    if (shared := _shared(run, bases)) is not None:
-        return shared
-    bases.append(load_base_on_device(config_of_run(run).model))
-    return bases[-1].share_weights()
+def _base_for(run: Path, bases: Bases) -> BaseModel:
+    """The base of a run, in memory once for all that compute with it in one type."""
+    settings = config_of_run(run).model
+    alike = (share_base_if_same(run, base) for loaded, base in bases if loaded.dtype == settings.dtype)
+    return next((base for base in alike if base is not None), None) or _loaded(settings, bases)
 
 
-def _shared(run: Path, bases: Iterable[BaseModel]) -> BaseModel | None:
-    return next((shared for base in bases if (shared := share_base_if_same(run, base)) is not None), None)
+def _loaded(settings: ModelConfig, bases: Bases) -> BaseModel:
+    """A base, and modules of its own: an adapter that is attached to one must not be seen by another."""
+    bases.append((settings, load_base_on_device(settings)))
+    return bases[-1][1].share_weights()

@@ -86,7 +86,7 @@ class Engine:
     ) -> None:
         self.models, self.max_rows, self.max_waiting, self.cache_bytes = models, max_rows, max_waiting, cache_bytes
         self.batches = {
-            name: SlotBatch(m.model.policy, beginnings_bytes=beginnings_bytes // len(models))
+            name: SlotBatch(m.model.policy, beginnings_bytes=beginnings_bytes // max(1, len(models)))
             for name, m in models.items()
         }
         self.counters = Counters()

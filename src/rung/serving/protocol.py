@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from rung.types import Message
 
 MIN_TEMPERATURE = 1e-5
 """Below it answers are greedy: logits divided by less overflow."""
-MAX_ANSWERS, MAX_TOP_LOGPROBS, MAX_STOPS = 64, 20, 16
+MAX_ANSWERS, MAX_TOP_LOGPROBS, MAX_STOPS, MAX_TEXTS = 64, 20, 16, 2048
 DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer where the request says nothing, as in `rung generate`."""
 
@@ -86,13 +86,13 @@ class GenerationRequest(BaseModel):
             data = {**data, "stop": [data["stop"]]}
         return data
 
-    def refuse_unknown(self) -> None:
-        """Raise `RequestError` for a field that would not be followed."""
+    def refuse_unknown(self, followed: Collection[str] = ()) -> None:
+        """Raise `RequestError` for a field that would not be followed; `followed`: those that the model also has."""
         extra = self.model_extra or {}
-        if extra.get("tool_choice") == "none" and getattr(self, "tools", None):
+        if "tool_choice" not in followed and extra.get("tool_choice") == "none" and getattr(self, "tools", None):
             raise RequestError("leave `tools` out where none may be called", param="tool_choice")
         for name, value in extra.items():
-            if name in IGNORED or value is None or (name in NEUTRAL and value in NEUTRAL[name]):
+            if name in IGNORED or name in followed or value is None or (name in NEUTRAL and value in NEUTRAL[name]):
                 continue
             raise RequestError(f"this server does not have `{name}`: leave it out", param=name)
         options = self.stream_options or {}
@@ -158,6 +158,18 @@ class ChatRequest(GenerationRequest):
         """The limit of an answer, if the request has one."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def shown_logprobs(self) -> int:
+        """Most probable tokens that are shown beside each token."""
+        return self.top_logprobs or 0 if self.logprobs else 0
+
+    def turns(self) -> list[Message]:
+        """The messages as templates get them. Raises `RequestError` where no answer can follow."""
+        turns = [message.turn() for message in self.messages]
+        if turns[-1].role == "assistant":
+            raise RequestError("the last message is an answer already", param="messages")
+        return turns
+
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -177,7 +189,18 @@ class CompletionRequest(GenerationRequest):
             return [prompt]
         if not prompt or len(prompt) > MAX_ANSWERS:
             raise RequestError(f"1 to {MAX_ANSWERS} prompts a request", param="prompt")
+        if self.stream and len(prompt) > 1:
+            raise RequestError("a stream has one prompt", param="stream")
         return list(prompt)
+
+    def checked_max_tokens(self) -> int:
+        """The limit of an answer. Raises `RequestError` for what no response can be made of."""
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.stream and self.echo:
+            raise RequestError("a stream has no echo", param="stream")
+        if not max_tokens and not self.echo:
+            raise RequestError("max_tokens 0 needs echo: nothing would be answered", param="max_tokens")
+        return max_tokens
 
 
 class ScoreRequest(BaseModel):
@@ -199,7 +222,36 @@ class ScoreRequest(BaseModel):
         return answers
 
 
-class Response:
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    def texts(self) -> list[str]:
+        """The texts. Raises `RequestError` for none, too many or an empty one."""
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        if not 1 <= len(texts) <= MAX_TEXTS or not all(texts):
+            raise RequestError(f"1 to {MAX_TEXTS} texts a request, none of them empty", param="input")
+        return texts
+
+
+def no_scores_error() -> RequestError:
+    """For /v1/score at a model that writes."""
+    return RequestError("this model writes answers: a reward model gives scores", param="model")
+
+
+def no_embeddings_error() -> RequestError:
+    """For /v1/embeddings at a model that has none."""
+    message = "this model has no embeddings: a GGUF file of an encoder has"
+    return RequestError(message, status=404, param="model")
+
+
+class Reply:
     """The parts that every response of one request has."""
 
     def __init__(self, kind: Literal["chat.completion", "text_completion"], model: str) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rung.console import print_status
 from rung.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from rung.serving.engine import Engine
+    from rung.serving.llama_cpp_model import LlamaCppModel
 
 KEY_VARIABLE = "RUNG_SERVE_KEY"
 SHUTDOWN_SECONDS = 60
@@ -63,24 +69,44 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
     from sse_starlette.sse import AppStatus
 
     from rung.serving.app import make_app
-    from rung.serving.catalog import open_models
-    from rung.serving.engine import Engine
+    from rung.web.header_timeout import HeaderTimeoutProtocol
 
-    models = open_models(targets)
-    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting, "cache_bytes": request.cache_bytes}
-    engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
-    engine.start()
     # streams that were begun are finished: by default sse-starlette would end them at SIGTERM
     AppStatus.enable_automatic_graceful_drain = False
-    options: dict[str, Any] = {"http": "h11", "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
+    options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
     options |= {"log_level": "warning", "access_log": False, "h11_max_incomplete_event_size": HEADER_BYTES}
     options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, key), **options))
-    print_status(f"serving {', '.join(models)} at http://{request.host}:{request.port}/v1")
-    try:
+    with _opened(targets, request) as (engine, files):
+        server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
+        names = ", ".join([*engine.models, *files])
+        print_status(f"serving {names} at http://{request.host}:{request.port}/v1")
         server.run(sockets=[listening])
-    finally:
-        engine.stop()
+
+
+@contextmanager
+def _opened(targets: Sequence[str], request: ServeRequest) -> Iterator[tuple[Engine, dict[str, LlamaCppModel]]]:
+    """The models, computing; the end of the context finishes what they began."""
+    import torch
+
+    from rung.serving.catalog import is_gguf_file, model_names, open_models
+    from rung.serving.engine import Engine
+    from rung.serving.llama_cpp_model import LlamaCppModel
+
+    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting, "cache_bytes": request.cache_bytes}
+    named = model_names(targets)
+    with ExitStack() as stack:
+        files = {}
+        for name, target in named.items():
+            if is_gguf_file(target):
+                file = Path(target)
+                files[name] = LlamaCppModel(name, file, **limits, threads=torch.get_num_threads())
+                stack.callback(files[name].close)
+                print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
+        models = open_models({name: target for name, target in named.items() if name not in files})
+        engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
+        engine.start()
+        stack.callback(engine.stop)
+        yield engine, files
 
 
 def _listen(request: ServeRequest) -> socket.socket:

@@ -1,0 +1,418 @@
+"""GGUF files behind the routes: llama.cpp computes them, in a process a file.
+
+llama.cpp's server speaks OpenAI's API too, but not to the letter: it samples by defaults of its own, ignores fields
+that it does not know, counts the tokens of one answer of several, and lets any number of requests wait. Here a request
+is read as for a run, each answer is asked for alone with every setting said, and parts are written in the same form.
+
+What llama.cpp has beyond a run is followed: JSON schemas, penalties, a choice of tools, calls of tools as streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import httpx2
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from rung.errors import PlanError
+from rung.exporting.llama_cpp_process import LlamaCppError, LlamaCppOptions, LlamaCppProcess, is_installed
+from rung.models.slot_batch import RowSampling
+from rung.serving.engine import Counters
+from rung.serving.events import DONE, error_event, event_stream
+from rung.serving.gguf_facts import GgufFacts, read_gguf_facts
+from rung.serving.protocol import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    Reply,
+    RequestError,
+    ScoreRequest,
+    no_embeddings_error,
+    no_scores_error,
+    usage,
+)
+from rung.serving.running import queue_full_error, unless_client_leaves
+
+T = TypeVar("T")
+CONNECT_SECONDS = 10.0
+SEEDS = 2**32 - 1
+"""llama.cpp's seeds; the next number would be a random one."""
+MIN_CONTEXT = 512
+"""Tokens of a request below which a file is not served."""
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class LlamaCppFields(BaseModel):
+    """Fields of a request that llama.cpp follows and a run does not."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    min_p: Probability | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["auto", "none", "required"] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class LlamaCppModel:
+    """A GGUF file in llama.cpp. Raises `PlanError` where it is not installed, or does not load the file."""
+
+    def __init__(
+        self, name: str, file: Path, *, max_rows: int, max_waiting: int, cache_bytes: int, threads: int
+    ) -> None:
+        if not is_installed():
+            raise PlanError("GGUF files are served by llama.cpp", where=str(file), hint="pip install 'rung[serve]'")
+        self.name, self.max_rows, self.max_waiting = name, max_rows, max_waiting
+        self.counters, self.running = Counters(), 0
+        self.facts = read_gguf_facts(file)
+        self.context = _context(self.facts, file, max_rows, cache_bytes)
+        options = LlamaCppOptions(self.context * max_rows, threads, max_rows, computes_embeddings=self.facts.is_encoder)
+        try:
+            self._process = LlamaCppProcess(file, options)
+        except LlamaCppError as error:
+            raise PlanError("llama.cpp does not load this file", where=str(file), given=str(error)) from error
+        # without the proxy of the environment; an answer may take as long as it takes
+        self._client = httpx2.AsyncClient(
+            base_url=self._process.url,
+            headers={"authorization": f"Bearer {self._process.key}"},
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=None),
+            trust_env=False,
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether llama.cpp runs."""
+        return self._process.is_alive
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a slot."""
+        return max(0, self.running - self.max_rows)
+
+    def close(self) -> None:
+        """End llama.cpp."""
+        self._process.close()
+
+    async def disconnect(self) -> None:
+        """Close the connections to llama.cpp, in the event loop that opened them."""
+        await self._client.aclose()
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        self._require_decoder()
+        extra = _followed(asked)
+        asked.turns()
+        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+        for message in messages:
+            message["role"] = "system" if message["role"] == "developer" else message["role"]
+        body: dict[str, Any] = {**extra, "messages": messages}
+        if asked.tools:
+            body["tools"] = asked.tools
+        if asked.logprobs:
+            body |= {"logprobs": True, "top_logprobs": max(1, asked.shown_logprobs)}
+        samplings = asked.samplings(asked.max_new_tokens or min(DEFAULT_MAX_TOKENS, self.context), 0)
+        bodies = [body | _sampling(sampling, asked) for sampling in samplings]
+        return await self._answer(request, asked, Reply("chat.completion", self.name), bodies)
+
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        """POST /v1/completions."""
+        self._require_decoder()
+        extra = _followed(asked)
+        if asked.echo:
+            raise RequestError("llama.cpp has no echo, and no log-probabilities of a prompt", param="echo")
+        max_tokens = asked.checked_max_tokens()
+        body = dict(extra) if asked.logprobs is None else {**extra, "logprobs": max(1, asked.logprobs)}
+        bodies = []
+        for number, prompt in enumerate(asked.prompts()):
+            if not prompt or not (isinstance(prompt, str) or all(0 <= i < self.facts.vocabulary for i in prompt)):
+                raise RequestError(f"a prompt has tokens, each below {self.facts.vocabulary}", param="prompt")
+            samplings = asked.samplings(max_tokens, 0, number)
+            bodies += [body | {"prompt": prompt} | _sampling(sampling, asked) for sampling in samplings]
+        return await self._answer(request, asked, Reply("text_completion", self.name), bodies)
+
+    async def score(self, asked: ScoreRequest, request: Request) -> Response:
+        """POST /v1/score: not here."""
+        raise no_scores_error()
+
+    async def embed(self, asked: EmbeddingRequest, request: Request) -> Response:
+        """POST /v1/embeddings of an encoder."""
+        if not self.facts.is_encoder:
+            raise no_embeddings_error()
+        body = {"input": asked.texts(), "encoding_format": asked.encoding_format}
+        async with _Admitted(self, len(body["input"])):
+            response = await unless_client_leaves(request, self._post("/v1/embeddings", body))
+        self.counters.prompt_tokens += response["usage"]["prompt_tokens"]
+        return JSONResponse({**response, "model": self.name})
+
+    def _require_decoder(self) -> None:
+        if self.facts.is_encoder:
+            raise RequestError("this file is an encoder: /v1/embeddings asks it", param="model")
+
+    async def _answer(
+        self, request: Request, asked: GenerationRequest, reply: Reply, bodies: Sequence[dict[str, Any]]
+    ) -> Response:
+        """A response of as many answers as bodies."""
+        path = "/v1/chat/completions" if isinstance(asked, ChatRequest) else "/v1/completions"
+        if asked.n > self.max_rows:
+            raise RequestError(f"this server generates {self.max_rows} answers at once", param="n")
+        if asked.stream:
+            return await self._stream(request, asked, reply, path, bodies)
+        async with _Admitted(self, len(bodies)):
+            wholes = await unless_client_leaves(request, _all([self._post(path, body) for body in bodies]))
+        shape = _shape(asked)
+        choices = [shape(whole["choices"][0], 0) | {"index": i} for i, whole in enumerate(wholes)]
+        counts = [_counts(whole) for whole in wholes]
+        # answers to one prompt: its tokens count once
+        total = usage(sum(c[0] for c in counts[:: asked.n]), sum(c[1] for c in counts))
+        self._count(total, len(wholes))
+        return JSONResponse(reply.whole(choices, total))
+
+    async def _stream(
+        self,
+        request: Request,
+        asked: GenerationRequest,
+        reply: Reply,
+        path: str,
+        bodies: Sequence[dict[str, Any]],
+    ) -> Response:
+        stack = AsyncExitStack()
+        try:
+            await stack.enter_async_context(_Admitted(self, len(bodies)))
+
+            # an error comes before the status is sent
+            beginnings = [self._begin(stack, path, body) for body in bodies]
+            streams = await unless_client_leaves(request, _all(beginnings))
+        except BaseException:
+            await stack.aclose()
+            raise
+        return _Relay(stack, self._events(streams, asked, reply))
+
+    async def _begin(self, stack: AsyncExitStack, path: str, body: Mapping[str, Any]) -> httpx2.Response:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        try:
+            response = await stack.enter_async_context(self._client.stream("POST", path, json={**body, **options}))
+            if response.status_code != httpx2.codes.OK:
+                raise _refused(await response.aread())
+        except httpx2.HTTPError as error:
+            raise self._ended(error) from None
+        return response
+
+    async def _events(
+        self, streams: Sequence[httpx2.Response], asked: GenerationRequest, reply: Reply
+    ) -> AsyncIterator[str]:
+        """The parts of all answers as they come."""
+        parts = asyncio.Queue[tuple[int, dict[str, Any] | None]](maxsize=64)
+        counts = [(0, 0)] * len(streams)
+
+        async def read(index: int, stream: httpx2.Response) -> None:
+            async for line in stream.aiter_lines():
+                if line.startswith("data: {"):
+                    await parts.put((index, json.loads(line.removeprefix("data: "))))
+            await parts.put((index, None))
+
+        readers = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+        left, places, shape = len(streams), [0] * len(streams), _shape(asked)
+        try:
+            while left:
+                index, part = await _first(parts, readers)
+                if part is None:
+                    left -= 1
+                    continue
+                if "usage" in part:
+                    counts[index] = _counts(part)
+                for choice in part.get("choices", ()):
+                    sent = shape(choice, places[index]) | {"index": index}
+                    places[index] += len(choice.get("text", ""))
+                    yield json.dumps(reply.chunk([sent]))
+            total = usage(counts[0][0], sum(answer for _, answer in counts))
+            self._count(total, len(streams))
+            if asked.include_usage:
+                yield json.dumps(reply.chunk([], total))
+            yield DONE
+        except (httpx2.HTTPError, ValueError) as error:
+            yield error_event(self._ended(error).message)
+        finally:
+            self.counters.cancelled += left > 0
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        try:
+            response = await self._client.post(path, json=body)
+        except httpx2.HTTPError as error:
+            raise self._ended(error) from None
+        if response.status_code != httpx2.codes.OK:
+            raise _refused(response.content)
+        return response.json()
+
+    def _count(self, total: Mapping[str, int], answers: int) -> None:
+        self.counters.answers += answers
+        self.counters.prompt_tokens += total["prompt_tokens"]
+        self.counters.generated_tokens += total["completion_tokens"]
+
+    def _ended(self, error: Exception) -> RequestError:
+        return RequestError(f"llama.cpp does not answer: {type(error).__name__}", status=500)
+
+
+class _Admitted:
+    """Answers that are being computed or wait; as a context. Raises `RequestError` where too many wait."""
+
+    def __init__(self, model: LlamaCppModel, answers: int) -> None:
+        self.model, self.answers = model, answers
+
+    async def __aenter__(self) -> None:
+        if self.model.running and self.model.running + self.answers > self.model.max_rows + self.model.max_waiting:
+            self.model.counters.refused += 1
+            raise queue_full_error()
+        self.model.counters.requests += 1
+        self.model.running += self.answers
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.model.running -= self.answers
+        self.model.counters.cancelled += kind is not None and not issubclass(kind, RequestError)
+
+
+class _Relay(Response):
+    """A stream whose sources are closed however it ends, also where it never began."""
+
+    def __init__(self, stack: AsyncExitStack, parts: AsyncIterator[str]) -> None:
+        self.stack, self.events = stack, event_stream(parts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.stack:
+            await self.events(scope, receive, send)
+
+
+def _context(facts: GgufFacts, file: Path, rows: int, cache_bytes: int) -> int:
+    """Tokens of prompt and answer of each request, by the memory for keys and values."""
+    if facts.is_encoder:
+        return facts.context
+    context = min(facts.context, cache_bytes // (rows * facts.token_bytes))
+    if context < min(MIN_CONTEXT, facts.context):
+        given = f"{rows} rows of {context:,} tokens in {cache_bytes / 2**20:,.0f} MB"
+        hint = "a larger --cache, or fewer --rows"
+        raise PlanError("there is no memory for requests to this file", where=str(file), given=given, hint=hint)
+    return context
+
+
+def _followed(asked: GenerationRequest) -> dict[str, Any]:
+    """The fields that only llama.cpp follows. Raises `RequestError` for a field that nobody follows."""
+    asked.refuse_unknown(LlamaCppFields.model_fields)
+    try:
+        fields = LlamaCppFields.model_validate(asked.model_extra or {})
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
+    return fields.model_dump(exclude_none=True)
+
+
+def _sampling(sampling: RowSampling, asked: GenerationRequest) -> dict[str, Any]:
+    """The settings of an answer, all of them said."""
+    extra = asked.model_extra or {}
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": max(0, extra.get("top_k") or 0),
+        "min_p": extra.get("min_p") or 0.0,
+        "repeat_penalty": 1.0,
+        "seed": sampling.seed % SEEDS,
+        "stop": list(asked.stop or ()),
+    }
+
+
+def _shape(asked: GenerationRequest) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
+    """Makes a choice one of the route: llama.cpp has the log-probabilities of chats for both.
+
+    The second argument is the number of characters before the choice. llama.cpp gives log-probabilities only beside at
+    least one of the most probable tokens, which are left out where none was asked for.
+    """
+    if isinstance(asked, ChatRequest):
+        return partial(_chat_shape, asked.shown_logprobs)
+    return partial(_completion_shape, getattr(asked, "logprobs", None) or 0)
+
+
+def _chat_shape(shown: int, choice: Mapping[str, Any], start: int) -> dict[str, Any]:
+    logprobs = choice.get("logprobs")
+    if not logprobs:
+        return {**choice}
+    content = [
+        {key: entry[key] for key in ("token", "logprob", "bytes")} | {"top_logprobs": entry["top_logprobs"][:shown]}
+        for entry in logprobs["content"]
+    ]
+    return {**choice, "logprobs": {"content": content, "refusal": None}}
+
+
+def _completion_shape(shown: int, choice: Mapping[str, Any], start: int) -> dict[str, Any]:
+    logprobs = choice.get("logprobs")
+    if not logprobs:
+        return {**choice}
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in logprobs["content"]:
+        found["tokens"].append(entry["token"])
+        found["token_logprobs"].append(entry["logprob"])
+        tops = reversed(entry["top_logprobs"][:shown])
+        found["top_logprobs"].append({top["token"]: top["logprob"] for top in tops})
+        found["text_offset"].append(start)
+        start += len(entry["token"])
+    return {**choice, "logprobs": found}
+
+
+def _counts(whole: Mapping[str, Any]) -> tuple[int, int]:
+    return whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"]
+
+
+def _refused(body: bytes) -> RequestError:
+    """What llama.cpp says of a request; its own faults have no status of their own."""
+    try:
+        error = json.loads(body)["error"]
+        message, kind = str(error["message"]), error.get("type")
+    except (ValueError, TypeError, KeyError):
+        message, kind = "it gives no reason", None
+    code = "context_length_exceeded" if kind == "exceed_context_size_error" else None
+    return RequestError(f"llama.cpp refuses this request: {message}", code=code)
+
+
+async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, which run at once; the first error ends the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(
+    parts: asyncio.Queue[tuple[int, dict[str, Any] | None]], readers: Sequence[asyncio.Task[None]]
+) -> tuple[int, dict[str, Any] | None]:
+    """The next part. Raises what a reader failed with."""
+    waiter = asyncio.create_task(parts.get())
+    while True:
+        active = [reader for reader in readers if not reader.done()]
+        await asyncio.wait([waiter, *active], return_when=asyncio.FIRST_COMPLETED)
+        if waiter.done():
+            return waiter.result()
+        for reader in readers:
+            if reader.done() and (error := reader.exception()) is not None:
+                waiter.cancel()
+                raise error
