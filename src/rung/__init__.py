@@ -33,6 +33,7 @@ _MODULES = {
     "commands.merge": ("merge",),
     "commands.merge_adapters": ("FusePlan", "fuse"),
     "commands.plan": ("plan",),
+    "commands.push": ("PushRequest", "push"),
     "commands.train": ("train",),
     "config.climb": ("ClimbConfig", "OnTopConfig", "RungConfig", "SearchConfig"),
     "config.code": ("CodeLimitsConfig",),
@@ -77,7 +78,8 @@ _MODULES = {
     "results": (
         *("ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile", "ForgettingComparison"),
         *("FuseResult", "GateResult"),
-        *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "RunResult"),
+        *("GenerationResult", "Ladder", "MergeResult", "MetricComparison", "PushResult"),
+        "RunResult",
         *("ConstitutionResult", "CriticAgreement", "RevisionRound"),
         *("ImproveResult", "ImproveRound", "SynthCost", "SynthResult"),
     ),

@@ -13,6 +13,8 @@ from rung.commands.merge import merge as merge
 from rung.commands.merge_adapters import FusePlan as FusePlan
 from rung.commands.merge_adapters import fuse as fuse
 from rung.commands.plan import plan as plan
+from rung.commands.push import PushRequest as PushRequest
+from rung.commands.push import push as push
 from rung.commands.train import train as train
 from rung.config.climb import ClimbConfig as ClimbConfig
 from rung.config.climb import OnTopConfig as OnTopConfig
@@ -105,6 +107,7 @@ from rung.results import ImproveRound as ImproveRound
 from rung.results import Ladder as Ladder
 from rung.results import MergeResult as MergeResult
 from rung.results import MetricComparison as MetricComparison
+from rung.results import PushResult as PushResult
 from rung.results import RevisionRound as RevisionRound
 from rung.results import RunResult as RunResult
 from rung.results import SynthCost as SynthCost

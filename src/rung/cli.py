@@ -439,6 +439,23 @@ def export(
 
 
 @app.command()
+def push(
+    target: Annotated[str, typer.Argument(help="Run folder, or folder of an export.", metavar="RUN")],
+    repository: Annotated[str, typer.Argument(help="Name on the hub.", metavar="OWNER/NAME")],
+    public: Annotated[bool, typer.Option("--public", help="Of a new repository; by default it is private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, print the card, send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send a run or an export to the Hugging Face hub, with a model card."""
+    from rung.commands.push import PushRequest
+    from rung.commands.push import push as push_target
+    from rung.report.tables import push_lines
+
+    result = push_target(target, repository, PushRequest(is_public=public, is_dry_run=dry_run))
+    _show(result.to_json(), push_lines(result), as_json)
+
+
+@app.command()
 def fuse(
     runs: Annotated[list[Path], typer.Argument(help="Runs of one base: LoRA adapters, or full fine-tuning runs.")],
     folder: Annotated[Path, typer.Option("--output", "-o", help="Output folder of the combined run.")],

@@ -606,6 +606,26 @@ class ExportResult(Result):
     """Of the run itself, in Rung and in batches."""
 
 
+class PushedFile(Result):
+    """A file of a repository."""
+
+    name: str
+    bytes: int
+
+
+class PushResult(Result):
+    """A run or an export on the hub; without a `commit` nothing was sent."""
+
+    repository: str
+    """OWNER/NAME."""
+    files: tuple[PushedFile, ...]
+    card: str
+    """Text of the model card."""
+    notes: tuple[str, ...] = ()
+    url: str | None = None
+    commit: str | None = None
+
+
 class FuseResult(Result):
     """Several runs combined into one."""
 

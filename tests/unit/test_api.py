@@ -15,7 +15,7 @@ import rung
 PUBLIC = {
     "functions": [
         *("climb", "compare", "evaluate", "export", "fuse", "generate", "load", "load_config", "measure_forgetting"),
-        *("load_synth_config", "merge", "plan", "synthesize", "train"),
+        *("load_synth_config", "merge", "plan", "push", "synthesize", "train"),
     ],
     "config classes": [
         *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
@@ -41,11 +41,20 @@ PUBLIC = {
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
     ],
-    "requests": ["ExportRequest", "FusePlan", "GenerateRequest", "GgufRequest", "Message", "Sampling"],
+    "requests": ["ExportRequest", "FusePlan", "GenerateRequest", "GgufRequest", "Message", "PushRequest", "Sampling"],
     "results": [
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
         *("ForgettingComparison", "FuseResult"),
-        *("GateResult", "GenerationResult", "Ladder", "LoadedRun", "MergeResult", "MetricComparison", "RunResult"),
+        *(
+            "GateResult",
+            "GenerationResult",
+            "Ladder",
+            "LoadedRun",
+            "MergeResult",
+            "MetricComparison",
+            "PushResult",
+            "RunResult",
+        ),
         *("ConstitutionResult", "CriticAgreement", "RevisionRound"),
         *("ImproveResult", "ImproveRound", "SynthCost", "SynthResult"),
     ],

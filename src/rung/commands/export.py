@@ -18,7 +18,7 @@ from rung.config.model_catalog import CATALOG
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluation.evaluate import Evaluation
-from rung.exporting.model_card import CardFacts, model_card
+from rung.exporting.model_card import CardFacts, model_card, public_name
 from rung.exporting.ollama import modelfile, read_frames
 from rung.exporting.quantization import require_writable
 from rung.files import MANIFEST, require_undamaged, write_folder, write_text
@@ -56,7 +56,7 @@ def export(target: str | Path, folder: str | Path, request: ExportRequest | None
     gguf = request.gguf or GgufRequest()
     _require_matching_options(request)
     source = _open_source(target, folder, gguf)
-    manifest = _manifest_with_scores(Path(target)) if source.config is not None else {}
+    manifest = manifest_with_scores(Path(target)) if source.config is not None else {}
     if request.kind in ("vllm", "merged"):
         write = _write_vllm if request.kind == "vllm" else _write_merged
         return write(source, folder, manifest)
@@ -75,7 +75,7 @@ def _require_matching_options(request: ExportRequest) -> None:
         raise ConfigError("an Ollama folder holds one model", where="--as ollama", allowed="one --type, no --adapter")
 
 
-def _manifest_with_scores(run: Path) -> dict[str, Any]:
+def manifest_with_scores(run: Path) -> dict[str, Any]:
     """The manifest of a run; the rung of a climb has its scores in the ladder."""
     manifest, climb = read_manifest(run), run.absolute().parent.parent
     if "scores" in manifest.get("metrics", {}) or run.absolute().parent.name != "rungs" or not is_climb(climb):
@@ -337,6 +337,6 @@ def _name(folder: Path) -> str:
 def _facts(source: ExportSource) -> dict[str, str]:
     """General keys of a GGUF file."""
     base = _base_name(source)
-    facts = {"description": f"exported by Rung; base {base}"}
+    facts = {"description": f"exported by Rung; base {public_name(base)}"}
     known = CATALOG.get(base)
     return {**facts, "license": known.license.lower()} if known is not None else facts

@@ -6,8 +6,10 @@ that no card has an empty field. The YAML in front is huggingface_hub's, with th
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -15,6 +17,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from rung.config.model_catalog import CATALOG
 from rung.planning.hub import is_hub_id
 from rung.results import Estimate, ExportedFile
+
+ADAPTER_ENDING = "-adapter.gguf"
+"""Of the name of a LoRA in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,73 @@ class CardFacts:
         return known.license if known is not None else self.base_license
 
 
+def public_name(base: str) -> str:
+    """A base as others know it: its id on the hub, or the name of its folder or file without the path."""
+    known = CATALOG.get(base)
+    if known is not None and known.hub_id is not None:
+        return known.hub_id
+    return base if is_hub_id(base) else Path(base).name
+
+
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md."""
+    """The text of README.md; it names no folder of this machine but in its commands."""
     parts = [f"# {facts.title}", _origin(facts), *_trained(facts), *_scored(facts), *_written(facts)]
-    parts += ["## Use", "```bash\n" + "\n".join(facts.commands) + "\n```", "## License", _license(facts)]
+    parts += [_use(facts.commands), "## License", _license(facts)]
     return f"---\n{_data(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def hub_commands(
+    repository: str, files: Sequence[str], *, base: str | None, peft_type: str | None, gives_scores: bool = False
+) -> list[str]:
+    """How the files of a repository are used from there, by what they are.
+
+    `base` is that of an adapter, and `peft_type` the kind of the adapter.
+    """
+    name = repository.partition("/")[2]
+    if gguf := [file for file in files if file.endswith(".gguf")]:
+        if gguf[0].endswith(ADAPTER_ENDING):
+            download = f"hf download {repository} --local-dir {name}"
+            options = f"--lora {name}/{gguf[0]} --jinja --chat-template-file {name}/chat_template.jinja"
+            return [download, f"llama-server -m BASE.gguf {options}  # on its base in GGUF"]
+        commands = [f"llama-server --hf-repo {repository} --hf-file {file}" for file in gguf]
+        return [*commands, f"ollama run hf.co/{repository}"] if "Modelfile" in files else commands
+    if gives_scores:
+        return [_python_command("AutoModelForSequenceClassification", repr(repository))]
+    if peft_type is None:
+        return [_python_command("AutoModelForCausalLM", repr(repository)), f"vllm serve {repository}"]
+    imports = "import rung.peft; from peft import PeftModel" if peft_type.startswith("RUNG_") else None
+    commands = [
+        _python_command("AutoModelForCausalLM", repr(base), imports or "from peft import PeftModel", repository)
+    ]
+    if peft_type == "LORA":
+        commands.append(f"vllm serve {base} --enable-lora --lora-modules {name}={repository}")
+    return commands
+
+
+def _python_command(model_class: str, model: str, imports: str | None = None, adapter: str | None = None) -> str:
+    load = f"{model_class}.from_pretrained({model})"
+    load = load if adapter is None else f"PeftModel.from_pretrained({load}, {adapter!r})"
+    parts = [f"from transformers import {model_class}", *([imports] if imports else []), load]
+    return f"python -c {shlex.quote('; '.join(parts))}"
+
+
+def with_commands(card: str, title: str, commands: Sequence[str]) -> str:
+    """A card with other commands, and the title of a repository."""
+    name = title.partition("/")[2]
+    head, _, rest = card.partition("\n# ")
+    body = rest.partition("\n")[2]
+    before, _, after = body.partition("## Use\n")
+    license = after.partition("## License\n")[2]
+    return f"{head}\n# {name}\n{before}{_use(commands)}\n\n## License\n{license}"
+
+
+def _use(commands: Sequence[str]) -> str:
+    return "## Use\n\n```bash\n" + "\n".join(commands) + "\n```"
+
+
 def _data(facts: CardFacts) -> str:
-    known = CATALOG.get(facts.base)
-    hub_id = known.hub_id if known is not None else facts.base if is_hub_id(facts.base) else None
+    base = public_name(facts.base)
+    hub_id = base if is_hub_id(base) else None
     results = [
         EvalResult(
             task_type="text-generation",
@@ -71,20 +133,24 @@ def _data(facts: CardFacts) -> str:
     if results:
         options |= {"eval_results": results, "model_name": facts.title}
     tags = ["rung", *(["gguf"] if facts.files else [])]
-    return str(ModelCardData(pipeline_tag="text-generation", tags=tags, **options).to_yaml()).strip()
+    objective = facts.manifest.get("config", {}).get("objective", {}).get("kind")
+    tag = "text-classification" if objective == "reward" else "text-generation"
+    return str(ModelCardData(pipeline_tag=tag, tags=tags, **options).to_yaml()).strip()
 
 
 def _origin(facts: CardFacts) -> str:
+    base = public_name(facts.base)
     if not facts.manifest:
-        return f"`{facts.base}` as it is: nothing was trained."
+        return f"`{base}` as it is: nothing was trained."
     if runs := facts.manifest.get("fused_from"):
         how = facts.manifest.get("fused", {}).get("how", "sum")
         names = ", ".join(f"`{str(run).rpartition('/')[2]}`" for run in runs)
-        return f"`{facts.base}` with the updates of several runs combined ({how}): {names}."
+        return f"`{base}` with the updates of several runs combined ({how}): {names}."
     method = facts.manifest["config"]["method"]
     details = [f"rank {method['rank']}"] if "rank" in method else []
     objective = facts.manifest["config"]["objective"]["kind"]
-    return f"`{facts.base}`, trained with {', '.join([method['kind'], *details])} and the objective {objective}."
+    how = ", ".join([method["kind"], *details])
+    return f"`{base}`, trained with {how} and the objective {objective}."
 
 
 def _data_names(facts: CardFacts) -> str:
@@ -167,11 +233,10 @@ def _interval(score: Estimate) -> str:
 
 def _license(facts: CardFacts) -> str:
     data = "The license of the training data is not recorded in a run; whoever publishes this model has to know it."
+    base = public_name(facts.base)
     if facts.license is None:
-        return (
-            f"The license of the base `{facts.base}` is not recorded in its folder; it holds for this model too. {data}"
-        )
-    return f"The base `{facts.base}` is under {facts.license}, which holds for this model too. {data}"
+        return f"The license of the base `{base}` is not recorded in its folder; it holds for this model too. {data}"
+    return f"The base `{base}` is under {facts.license}, which holds for this model too. {data}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -88,7 +88,9 @@ def load_base(
         full_model = {"name": config.student_of, "student_of": None, "layers": None}
         options: dict[str, Any] = {"device": device, "stream_linears": stream_linears, "sharded": sharded}
         teacher = load_base(config.model_copy(update=full_model), **options)
-        return drop_layers(teacher, config.layers or "every_other")
+        student = drop_layers(teacher, config.layers or "every_other")
+        _name_for_peft(student.model, f"student of {config.student_of}")
+        return student
     source = _resolve_name(config.name, config.revision)
     load = _load_weights if sharded is None else _loader_of_rows(sharded, source, config.name, device)
     read_whole = _call if sharded is None else sharded.on_rank0
@@ -446,7 +448,13 @@ def _merge_into_base(
             raise CheckpointError(summary, where=str(folder), given=base.name) from error
     # The merged model has no file; base and adapter identify it.
     weights_hash = hashlib.sha256(f"{base.fingerprint} {fingerprint(folder, None)}".encode()).hexdigest()
+    _name_for_peft(model, config.name)
     return _prepare_base((model, tokenizer), config, weights_hash, compute, device)
+
+
+def _name_for_peft(model: Any, name: str) -> None:
+    """What an adapter on this model says of its base: the files that it was made of are another model."""
+    model.name_or_path = model.config._name_or_path = name
 
 
 def _refuse_tied_embeddings(base: BaseModel, folder: Path) -> None:

@@ -106,6 +106,14 @@ def export_lines(result: results.ExportResult) -> list[str]:
     return [*lines, "", *result.commands]
 
 
+def push_lines(result: results.PushResult) -> list[str]:
+    """What was sent to the hub, or, without a commit, what would be."""
+    files = name_value_table({file.name: format_bytes(file.bytes) for file in result.files})
+    if result.commit is not None:
+        return [*files, "", f"sent to {result.url}", *result.notes]
+    return [*files, "", *result.card.splitlines(), "", *result.notes, f"nothing was sent to {result.repository}"]
+
+
 def _export_table(result: results.ExportResult) -> Table:
     """One row a file: size, proof, and with --measure its score beside the run's."""
     metric = next((name for file in result.files for name in file.scores), None)

@@ -1,0 +1,192 @@
+"""`rung push`: a run or an export as a repository on the Hugging Face hub, with a model card.
+
+A run's adapter or model goes there as the tools of others load it, never its logs, data or answers. Paths of this
+machine are taken out of its files and its card. A dry run needs no network and shows every file and the card. `cli.py`
+and `rung.push` call `push`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rung.commands.export import manifest_with_scores
+from rung.config.model import ModelConfig
+from rung.console import status
+from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.exporting.model_card import CardFacts, hub_commands, model_card, public_name, with_commands
+from rung.files import MANIFEST, require_undamaged
+from rung.methods.adapter_files import CONFIG
+from rung.models.license import card_license
+from rung.models.load import base_files
+from rung.planning.hub import hub_is_reachable, is_hub_id
+from rung.results import PushedFile, PushResult
+from rung.runs.artifact import ORIGIN_FILE
+from rung.runs.load import config_of_run, refuse_climb, target_kind
+from rung.training.run_folder import read_json
+
+CARD = "README.md"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+ONLY_RUNG = ("RUNG_TASKS", "RUNG_P_TUNING")
+"""Adapters that no other tool can load."""
+
+
+@dataclass(frozen=True)
+class PushRequest:
+    """How a repository is written."""
+
+    is_public: bool = False
+    """Of a repository that is new; one that is there stays as it is."""
+    is_dry_run: bool = False
+    """Show what would be sent, and send nothing."""
+
+
+def push(target: str | Path, repository: str, request: PushRequest | None = None) -> PushResult:
+    """Send a finished run, or the folder of an export, to OWNER/NAME on the hub.
+
+    Raises `ConfigError` for what is neither and for a name that the hub does not allow, `CheckpointError` for a run
+    that is not finished or damaged, `PlanError` for a run that nobody else could load, and where the hub refuses.
+    """
+    request, path = request or PushRequest(), Path(target)
+    if not REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise ConfigError("this is no name of a repository", given=repository, allowed="OWNER/NAME")
+    refuse_climb(target)
+    files, notes = _run_files(path, repository) if target_kind(target) == "run" else _export_files(path, repository)
+    card = files[CARD]
+    if isinstance(card, Path):
+        card = card.read_bytes()
+    listed = tuple(PushedFile(name=name, bytes=_size(files[name])) for name in sorted(files))
+    result = PushResult(repository=repository, files=listed, card=card.decode(), notes=tuple(notes))
+    if request.is_dry_run:
+        return result
+    with status(f"sending {len(files)} files to {repository}"), _hub_errors(repository):
+        return _send(files, request, result)
+
+
+Files = dict[str, Path | bytes]
+"""Contents by the name that they get there."""
+
+
+def _run_files(run: Path, repository: str) -> tuple[Files, list[str]]:
+    manifest = manifest_with_scores(run)
+    artifact = next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
+    if manifest.get("status") != "finished" or artifact is None:
+        state = manifest.get("status")
+        raise CheckpointError(f"this run is not finished (status {state})", where=str(run), hint="rung train --resume")
+    require_undamaged(artifact)
+    config, notes = config_of_run(run), list[str]()
+    settings, is_reward = config.model, config.objective.kind == "reward"
+    name = settings.student_of or settings.name
+    base = public_name(name)
+    files: Files = {p.name: p for p in artifact.iterdir() if p.is_file() and p.name not in (MANIFEST, CARD)}
+    kind = None
+    if artifact.name == "adapter":
+        if is_reward:
+            hint = "a reward model of method: {kind: full} is one that transformers loads"
+            raise PlanError("no other tool loads the score of a reward model's adapter", where=str(run), hint=hint)
+        kind = _require_loadable(run, artifact, settings)
+        if not is_hub_id(base):
+            summary = f"the base {base} is no repository of the hub, and others need it for the adapter"
+            notes.append(f"{summary}: rung export {run} FOLDER --as merged has both")
+        files[CONFIG] = _replaced(artifact / CONFIG, base_model_name_or_path=base)
+    if (artifact / ORIGIN_FILE).exists():
+        files[ORIGIN_FILE] = _replaced(artifact / ORIGIN_FILE, base=base)
+    if "scores" not in manifest.get("metrics", {}):
+        notes.append(f"the run has no scores to show: rung eval {run} measures them")
+    folder = base_files(settings)
+    facts = CardFacts(
+        title=repository.partition("/")[2],
+        base=name,
+        manifest=manifest,
+        commands=hub_commands(repository, sorted(files), base=base, peft_type=kind, gives_scores=is_reward),
+        base_license=None if folder is None else card_license(folder / CARD),
+    )
+    files[CARD] = model_card(facts).encode()
+    return files, notes
+
+
+def _require_loadable(run: Path, adapter: Path, settings: ModelConfig) -> str:
+    """The kind of an adapter. Raises `PlanError` for one that others cannot load."""
+    kind = str(read_json(adapter / CONFIG).get("peft_type"))
+    if kind in ONLY_RUNG:
+        hint = "rung chat, rung generate and rung serve answer with it"
+        raise PlanError("no other tool loads such an adapter", where=str(run), given=kind, hint=hint)
+    if settings.student_of is not None or (base_files(settings) is None and not is_hub_id(settings.name)):
+        summary = "the base of this run is made of another model, so its adapter fits no model that others have"
+        hint = f"rung export {run} FOLDER --as merged, then rung push FOLDER"
+        raise PlanError(summary, where=str(run), given=settings.student_of or settings.name, hint=hint)
+    return kind
+
+
+def _export_files(folder: Path, repository: str) -> tuple[Files, list[str]]:
+    if not (folder / MANIFEST).is_file() or not (folder / CARD).is_file():
+        hint = "a run folder, or what rung export wrote"
+        raise ConfigError("this is neither a run nor an export", given=str(folder), allowed=hint)
+    require_undamaged(folder)
+    names = {*read_json(folder / MANIFEST)["files"], CARD} - {MANIFEST}
+    files: Files = {name: folder / name for name in names}
+    base, kind = None, None
+    if CONFIG in files:
+        settings = read_json(folder / CONFIG)
+        named = [read_json(folder / ORIGIN_FILE)["base"]] if ORIGIN_FILE in files else []
+        base = public_name(str([*named, settings.get("base_model_name_or_path")][0]))
+        kind, files[CONFIG] = settings.get("peft_type"), _replaced(folder / CONFIG, base_model_name_or_path=base)
+    if ORIGIN_FILE in files:
+        origin = str(read_json(folder / ORIGIN_FILE)["base"])
+        files[ORIGIN_FILE] = _replaced(folder / ORIGIN_FILE, base=public_name(origin))
+    commands = hub_commands(repository, sorted(files), base=base, peft_type=kind)
+    files[CARD] = with_commands((folder / CARD).read_text(), repository, commands).encode()
+    return files, []
+
+
+def _replaced(file: Path, **values: Any) -> bytes:
+    return (json.dumps({**read_json(file), **values}, indent=2) + "\n").encode()
+
+
+def _size(content: Path | bytes) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+def _send(files: Files, request: PushRequest, result: PushResult) -> PushResult:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, repository = HfApi(library_name="rung"), result.repository
+    address = api.create_repo(repository, private=not request.is_public, exist_ok=True)
+    kept = sorted({*api.list_repo_files(repository)} - {*files, ".gitattributes"})
+    additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    commit = api.create_commit(repository, additions, commit_message="Upload by Rung")
+    notes = [f"these files were there and stay: {', '.join(kept)}"] if kept else []
+    return result.replace(url=str(address), commit=commit.oid, notes=(*result.notes, *notes))
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Raise `PlanError` for what the hub, or the way to it, refuses."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise _not_sent(repository, "there is no token", "hf auth login, or HF_TOKEN") from error
+    except OfflineModeIsEnabled as error:
+        raise _not_sent(repository, "HF_HUB_OFFLINE is set", "unset it, or --dry-run") from error
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else None
+        reason = error.server_message or (str(error).splitlines() or ["no reason"])[0]
+        hint = "a token that may write there: hf auth login, or HF_TOKEN" if code in (401, 403, 404) else None
+        raise _not_sent(repository, f"{code}: {reason}" if code else reason, hint) from error
+    except RuntimeError as error:  # of a large file, around what happened
+        raise _not_sent(repository, f"{error} {error.__cause__ or ''}".strip(), None) from error
+    except (OSError, HTTPError) as error:
+        reason = str(error) if hub_is_reachable() else "the hub cannot be reached"
+        raise _not_sent(repository, reason, "--dry-run shows what would be sent") from error
+
+
+def _not_sent(repository: str, reason: str, hint: str | None) -> PlanError:
+    return PlanError("the hub did not take this", where=repository, given=reason, hint=hint)
