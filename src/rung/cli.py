@@ -168,7 +168,7 @@ def climb(
 
 
 @app.command("eval")
-def evaluate(
+def evaluate(  # noqa: PLR0913 -- options of a command line, each named where it is given
     target: Run,
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="Config of the task; default: that of the run.")] = None,
@@ -182,9 +182,25 @@ def evaluate(
     forgetting: Annotated[
         str | None, typer.Option(help="Data file or config: measure how much the run has forgotten on it.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: asked in place of the test split.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with task files.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="With --tasks: worked examples in a prompt.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="With --tasks: prompts are turns of a conversation.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run or a base model on the test split of a task."""
+    """Score a run or a base model on the test split of a task, or on public tasks."""
+    if tasks is None and (include_path is not None or shots is not None or chat_template):
+        where = "--include-path, --shots, --chat-template"
+        raise ConfigError("these options are of public tasks", where=where, hint="--tasks NAMES")
+    if tasks is not None:
+        if overrides or config is not None or baseline is not None or output is not None or forgetting is not None:
+            allowed = "--limit, --include-path, --shots, --chat-template"
+            raise ConfigError("public tasks bring their own data", where="--tasks", given=tasks, allowed=allowed)
+        return _evaluate_tasks(target, tasks, include_path, limit, shots, chat_template, as_json)
     if output is not None and baseline is None:
         summary = "pairs come of two systems"
         raise ConfigError(summary, where="--output", given=output, hint="name the other: --baseline")
@@ -477,6 +493,26 @@ def fuse(
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result.weights, strict=True))
     lost = f"lost to the rank of the result: {result.lost:.2%} of the update's norm"
     _show(result.to_json(), [f"fused into {folder}: {shares}", lost], as_json)
+
+
+def _evaluate_tasks(
+    target: str,
+    tasks: str,
+    include_path: Path | None,
+    limit: int | None,
+    shots: int | None,
+    chat_template: bool,
+    as_json: bool,
+) -> None:
+    from rung.report.tables import harness_lines
+    from rung.serving.harness import HarnessRequest, evaluate_tasks
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise ConfigError("no task is named", where="--tasks", given=repr(tasks))
+    request = HarnessRequest(names, include_path, limit, shots, chat_template)
+    result = evaluate_tasks(target, request)
+    _show(result.to_json(), harness_lines(result), as_json)
 
 
 @app.command()

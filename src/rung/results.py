@@ -222,6 +222,36 @@ class LotteryResult(Result):
     choose: str
 
 
+class HarnessScore(Result):
+    """A score of lm-evaluation-harness with its standard error."""
+
+    task: str
+    metric: str
+    filter: str = "none"
+    """How the harness reads an answer, where a task has several ways."""
+    value: float
+    standard_error: float | None = None
+    """None where the harness has none for the metric."""
+    examples: int | None = None
+    shots: int | None = None
+    """Worked examples in a prompt."""
+    task_version: str = ""
+    higher_is_better: bool | None = None
+
+
+class HarnessResult(Result):
+    """A run or base on tasks of lm-evaluation-harness."""
+
+    target: str
+    scores: tuple[HarnessScore, ...]
+    version: str
+    """Of the harness."""
+    uses_chat_template: bool = False
+    limit: int | None = None
+    """Items of each task, where not all were asked."""
+    seconds: float = 0.0
+
+
 class RunResult(Result):
     """A training run as its `run.json` describes it."""
 
@@ -234,6 +264,8 @@ class RunResult(Result):
     config: dict[str, Any] = {}
     """The resolved config, defaults included."""
     metrics: dict[str, Any] = {}
+    harness: tuple[HarnessScore, ...] = ()
+    """Scores of `rung eval --tasks`."""
     gates: tuple[GateResult, ...] = ()
     data: DataResult = DataResult()
     steps: int | None = None

@@ -117,6 +117,20 @@ def test_completions_echo_and_score_as_the_model_does(base: tuple[int, Engine, P
     assert [c.index for c in two.choices] == [0, 1] and two.usage.completion_tokens == 6
 
 
+def test_a_harness_sees_which_text_is_the_greedy_one(base: tuple[int, Engine, Path]) -> None:
+    """Harnesses compare a token's log-probability with the best one by equality."""
+    port, _, target = base
+    ids = open_target(target).chat.encode(["The capital of France is"])[0]
+    options: Any = {"model": target.name, "logprobs": 1, "temperature": 0}
+    drawn = client(port).completions.create(**options, prompt=ids, max_tokens=24).choices[0].logprobs
+    answer = open_target(target).chat.encode(["".join(drawn.tokens)])[0]
+    echoed = client(port).completions.create(**options, prompt=[*ids, *answer], max_tokens=1, echo=True)
+    pairs = zip(echoed.choices[0].logprobs.token_logprobs, echoed.choices[0].logprobs.top_logprobs, strict=True)
+    found = [(own, max(top.values())) for own, top in list(pairs)[1:]]
+    equal = [own == largest for own, largest in found]
+    assert equal == [own > largest - 1e-4 for own, largest in found] and sum(equal) > 5
+
+
 def test_generate_is_the_same_alone_and_beside_others(
     base: tuple[int, Engine, Path], tmp_path: Path, capsys: Any
 ) -> None:

@@ -24,7 +24,13 @@ from rung.report.run_reader import ReportSource, read_report_source
 SECTIONS: tuple[Callable[[ReportSource], Any], ...] = (
     *(sections.status, sections.facts, sections.ladder, sections.models),
     *(sections.difference_plot, sections.score_plots),
-    *(sections.cost_plots, sections.learning_curve_plots, sections.further_findings, sections.retrieval),
+    *(
+        sections.cost_plots,
+        sections.learning_curve_plots,
+        sections.further_findings,
+        sections.retrieval,
+        sections.harness,
+    ),
     *(sections.instructions, sections.curves, sections.layers, sections.training_summaries, sections.data),
     *(sections.gates, sections.versions, sections.config),
 )

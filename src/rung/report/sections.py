@@ -194,6 +194,11 @@ def _retrieval(result: RetrievalResult) -> Pairs:
     }
 
 
+def harness(source: ReportSource) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Scores of each run on public tasks."""
+    return [(run.label, summaries.harness_rows(run.result.harness)) for run in source.runs if run.result.harness]
+
+
 def instructions(source: ReportSource) -> list[summaries.TriedInstruction]:
     """All instructions tried on the validation split, with their scores."""
     # instructions are chosen once for a climb, so the first rung that lists them has all

@@ -29,7 +29,7 @@ from rung.report.formatting import (
     format_significant,
 )
 from rung.report.run_reader import PERPLEXITY
-from rung.results import Estimate
+from rung.results import Estimate, HarnessScore
 
 Json = Mapping[str, Any]
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -423,3 +423,16 @@ def _gain(estimate: Estimate | None, digits: int, corrected: float | None, *, lo
     tone = ("bad" if (estimate.low > 0) == lower_is_better else "good") if is_sure else ""
     mean = format_fixed(estimate.mean, digits, signed=True)
     return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)
+
+
+def harness_rows(scores: Sequence[HarnessScore]) -> list[tuple[str, ...]]:
+    """Task, metric, score with its standard error, items and worked examples, a row each."""
+    rows = []
+    for score in scores:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        if score.higher_is_better is False:
+            metric += ", lower is better"
+        error = "" if score.standard_error is None else f" ± {format_significant(score.standard_error)}"
+        numbers = ("" if number is None else f"{number:,}" for number in (score.examples, score.shots))
+        rows.append((score.task, metric, f"{score.value:.4f}{error}", *numbers))
+    return rows

@@ -218,6 +218,17 @@ def score_lines(result: results.EvaluationResult) -> list[str]:
     return output
 
 
+def harness_lines(result: results.HarnessResult) -> list[str]:
+    """Scores of lm-evaluation-harness with their standard errors."""
+    table = empty_table(("task", "metric", "score", "items", "shots"), gap=2)
+    for row in summaries.harness_rows(result.scores):
+        add_text_row(table, *row)
+    items = "" if result.limit is None else f", at most {result.limit:,} items of each task"
+    turns = ", prompts as turns of the chat template" if result.uses_chat_template else ""
+    head = f"{result.target}: lm-evaluation-harness {result.version}{items}{turns}; standard errors are the harness's"
+    return ["", head, *render_lines(lambda _: [table])]
+
+
 def _layouts(rows: Sequence[PrintedRung], metrics: Sequence[str]) -> list[Table]:
     """The ladder in all its layouts, the most detailed first."""
     layouts = [_wide(rows, metrics, gap=gap) for gap in (1, 0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -49,8 +49,7 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
 
     Raises `ConfigError` for an address beyond this machine without a key, and as `open_models`.
     """
-    if find_spec("uvicorn") is None or find_spec("sse_starlette") is None:
-        raise PlanError("serving needs a web server", given="serve", hint="pip install 'rung[serve]'")
+    require_installed()
     from rung.web.access import is_loopback
 
     key = os.environ.get(KEY_VARIABLE) if request.key is None else request.key
@@ -60,8 +59,14 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
     if key is None and not is_loopback(request.host):
         hint = f"set --key or {KEY_VARIABLE}"
         raise ConfigError("other machines may ask only with a key", where="--host", given=request.host, hint=hint)
-    with _listen(request) as listening:  # before minutes of loading
+    with listen(request) as listening:  # before minutes of loading
         _serve_at(listening, targets, request, key)
+
+
+def require_installed() -> None:
+    """Raise `PlanError` where the web server is not installed."""
+    if find_spec("uvicorn") is None or find_spec("sse_starlette") is None or find_spec("httpx2") is None:
+        raise PlanError("serving needs a web server", hint="pip install 'rung[serve]'")
 
 
 def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRequest, key: str | None) -> None:
@@ -69,6 +74,7 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
     from sse_starlette.sse import AppStatus
 
     from rung.serving.app import make_app
+    from rung.serving.catalog import model_names
     from rung.web.header_timeout import HeaderTimeoutProtocol
 
     # streams that were begun are finished: by default sse-starlette would end them at SIGTERM
@@ -76,7 +82,7 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
     options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
     options |= {"log_level": "warning", "access_log": False, "h11_max_incomplete_event_size": HEADER_BYTES}
     options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
-    with _opened(targets, request) as (engine, files):
+    with opened(model_names(targets), request) as (engine, files):
         server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
         names = ", ".join([*engine.models, *files])
         print_status(f"serving {names} at http://{request.host}:{request.port}/v1")
@@ -84,32 +90,31 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
 
 
 @contextmanager
-def _opened(targets: Sequence[str], request: ServeRequest) -> Iterator[tuple[Engine, dict[str, LlamaCppModel]]]:
-    """The models, computing; the end of the context finishes what they began."""
+def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[Engine, dict[str, LlamaCppModel]]]:
+    """The models by name, computing; the end of the context finishes what they began."""
     import torch
 
-    from rung.serving.catalog import is_gguf_file, model_names, open_models
+    from rung.serving.catalog import is_gguf_file, open_models
     from rung.serving.engine import Engine
     from rung.serving.llama_cpp_model import LlamaCppModel
 
     limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting, "cache_bytes": request.cache_bytes}
-    named = model_names(targets)
     with ExitStack() as stack:
         files = {}
-        for name, target in named.items():
+        for name, target in targets.items():
             if is_gguf_file(target):
                 file = Path(target)
                 files[name] = LlamaCppModel(name, file, **limits, threads=torch.get_num_threads())
                 stack.callback(files[name].close)
                 print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
-        models = open_models({name: target for name, target in named.items() if name not in files})
+        models = open_models({name: target for name, target in targets.items() if name not in files})
         engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
         engine.start()
         stack.callback(engine.stop)
         yield engine, files
 
 
-def _listen(request: ServeRequest) -> socket.socket:
+def listen(request: ServeRequest) -> socket.socket:
     """The socket of the server. Raises `ConfigError` for an address that cannot be listened at."""
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
     try:

@@ -31,6 +31,9 @@ def prompt_logprobs(policy: Policy, prompt: Sequence[int], top: int) -> list[Dra
         for start in range(0, len(logprobs), ROWS_OF_LOGITS):
             rows = hidden[batch.loss.source[start : start + ROWS_OF_LOGITS]]
             tops[start : start + len(rows)] = _most_probable(policy.logits(rows), top)
+        # the two are rounded otherwise; harnesses ask whether a token is the best one by equality
+        found = zip(ids[1:].tolist(), logprobs, tops, strict=True)
+        tops = [[(i, own if i == token else other) for i, other in row] for token, own, row in found]
     return [None, *map(DrawnToken, ids[1:].tolist(), logprobs, tops)]
 
 
