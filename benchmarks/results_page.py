@@ -16,6 +16,7 @@ CLASSES = ("AVX-512", "AVX2")
 SECTIONS = (
     *(f"{part} {name}" for name in CLASSES for part in ("bench", *GROUPS)),
     *(f"beside other work {name}" for name in CLASSES),
+    *(f"serving {name}" for name in CLASSES),
     "planned memory",
 )
 """In the order of the page."""

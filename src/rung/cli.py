@@ -246,7 +246,7 @@ def chat(
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913 -- options of a command line, each named where it is given
     targets: Annotated[list[str], typer.Argument(help="Run folders or bases, chosen by `model`.", metavar="RUN...")],
     host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine it needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
@@ -258,6 +258,9 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 128,
     cache: Annotated[int, typer.Option(min=1, help="MB for the keys and values of running answers.")] = 4096,
     prefix_cache: Annotated[int, typer.Option(min=0, help="MB for beginnings of earlier prompts.")] = 256,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Type that bases compute in; a run has its own.")
+    ] = "auto",
 ) -> None:
     """Serve runs and bases behind OpenAI's API, until it is stopped."""
     from rung.serving.run import ServeRequest
@@ -265,7 +268,7 @@ def serve(
 
     limits = {"max_rows": rows, "max_waiting": waiting}
     limits |= {"cache_bytes": cache * 2**20, "beginnings_bytes": prefix_cache * 2**20}
-    serve_models(targets, ServeRequest(host, port, key, **limits))
+    serve_models(targets, ServeRequest(host, port, key, **limits, dtype=dtype))
 
 
 @app.command()

@@ -14,6 +14,10 @@ WITHOUT_RUN_SETTINGS = {"revision": None, "student_of": None, "layers": None}
 StudentLayers = Literal["every_other", "first", "last"] | tuple[NonNegativeInt, ...]
 
 
+ComputeType = Literal["auto", "float32", "bfloat16"]
+"""Type that a base computes in; `auto`: what the processor or card is fast in."""
+
+
 class ModelConfig(Config):
     """The base model that a run starts from."""
 
@@ -26,7 +30,7 @@ class ModelConfig(Config):
     or the `last` half, or layer numbers. Default: every_other."""
     revision: str | None = None
     """Commit or tag of a hub id; default: the newest."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: ComputeType = "auto"
     """Compute type. `auto`: float32 on CPUs without AVX512-BF16 or AMX, where bfloat16 is many times slower."""
     template: str = "auto"
     """Chat template. `auto`: that of the tokenizer; `plain`: Rung's own, for bases without one; or a .jinja file."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rung.config.model import ModelConfig
+from rung.config.model import ComputeType, ModelConfig
 from rung.errors import ConfigError, PlanError
 from rung.evaluation.reward_model import RewardScorer
 from rung.models.base_model import BaseModel
@@ -55,8 +55,8 @@ def is_gguf_file(target: str) -> bool:
     return target_kind(target) == "base" and Path(target).suffix.lower() == ".gguf"
 
 
-def open_models(targets: Mapping[str, str]) -> dict[str, ServedModel]:
-    """Open runs and bases by name.
+def open_models(targets: Mapping[str, str], dtype: ComputeType = "auto") -> dict[str, ServedModel]:
+    """Open runs and bases by name; `dtype` is that of the bases, a run has its own.
 
     Raises `ConfigError` for a server and a climb, `PlanError` for a run with tasks of its own.
     """
@@ -66,7 +66,7 @@ def open_models(targets: Mapping[str, str]) -> dict[str, ServedModel]:
         if (reward := _reward_model(target, bases)) is not None:
             served[name] = ServedModel(name, *reward)
             continue
-        model = _open(target, bases)
+        model = _open(target, bases, dtype)
         if model.tasks:
             reason = "this run learned a prompt for each task, and a request names a model and no task"
             raise PlanError(reason, where=target, hint="rung chat and rung generate answer for a task")
@@ -89,12 +89,12 @@ def _name(target: str) -> str:
     return Path(target).resolve().name if target_kind(target) == "run" else target
 
 
-def _open(target: str, bases: Bases) -> LoadedRun:
+def _open(target: str, bases: Bases, dtype: ComputeType) -> LoadedRun:
     if target_kind(target) == "run" and (Path(target) / "adapter").is_dir():
         return open_run(Path(target), _base_for(Path(target), bases))
     if target_kind(target) != "base":
         return open_target(target)
-    settings = ModelConfig(name=target)
+    settings = ModelConfig(name=target, dtype=dtype)
     base = next((base for loaded, base in bases if loaded == settings), None)
     return open_base(settings, _loaded(settings, bases) if base is None else base.share_weights())
 

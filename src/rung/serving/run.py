@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rung.config.model import ComputeType
 from rung.console import print_status
 from rung.errors import ConfigError, PlanError
 
@@ -42,6 +43,8 @@ class ServeRequest:
     """Memory for the keys and values of answers that are being generated."""
     beginnings_bytes: int = 256 * 2**20
     """Memory for the keys and values of beginnings of earlier prompts."""
+    dtype: ComputeType = "auto"
+    """Type that bases compute in; a run has its own."""
 
 
 def serve(targets: Sequence[str], request: ServeRequest) -> None:
@@ -107,7 +110,8 @@ def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[
                 files[name] = LlamaCppModel(name, file, **limits, threads=torch.get_num_threads())
                 stack.callback(files[name].close)
                 print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
-        models = open_models({name: target for name, target in targets.items() if name not in files})
+        others = {name: target for name, target in targets.items() if name not in files}
+        models = open_models(others, request.dtype)
         engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
         engine.start()
         stack.callback(engine.stop)
