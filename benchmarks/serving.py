@@ -258,8 +258,8 @@ def table(rows: Sequence[tuple[str, int, Mapping[str, Any]]], generated: float) 
     where = f"{machine['processor']}, {machine['cores']} cores, {date.today():%Y-%m-%d}"
     lines += [
         f"{where}. SmolLM2-135M in float32, answers of at most {TOKENS} tokens to questions of examples/finance, "
-        f"{ROWS} at once. Clients ask without a pause, as streams, on the same machine. Memory is the largest of the server; "
-        "growth is that of the last half of the time over the second quarter.",
+        f"{ROWS} at once. Clients ask without a pause, as streams, on the same machine. Memory is the largest of the "
+        "server; growth is that of the last half of the time over the second quarter.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.runner import OURS, ROOT, RunError, Store, run
 from benchmarks.studies import STUDIES, ZERO_SHOT, Entry, Study
 from rung.evaluation.evaluate import Evaluation
-from rung.results import Estimate
+from rung.results.base import Estimate
 from rung.scoring.intervals import ALPHA
 from rung.scoring.recommendation import paired_gain
 from rung.scoring.significance import holm

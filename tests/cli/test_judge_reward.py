@@ -129,7 +129,7 @@ def test_a_judge_here_compares_with_expected_answers(
 
 
 def _agreeing(*_: Any) -> Any:
-    from rung.results import Estimate
+    from rung.results.base import Estimate
 
     return Estimate(mean=1.0, low=1.0, high=1.0, examples=40, clusters=40)
 

@@ -25,7 +25,8 @@ from rung.errors import DataError
 from rung.models import load
 from rung.report.html import page_template
 from rung.report.tables import ladder_lines, score_lines
-from rung.results import EvaluationResult, Ladder
+from rung.results.evaluation import EvaluationResult
+from rung.results.ladder import Ladder
 
 SOURCE = Path(terminal.__file__).parent
 HOSTILE = (

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import tiny_model
 from rung.config.io import parse_config
 from rung.planning.architecture import shape_from_config
-from rung.results import Estimate
+from rung.results.base import Estimate
 
 LENGTH = 13
 

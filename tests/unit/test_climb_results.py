@@ -9,7 +9,7 @@ import numpy as np
 from rung.commands.climb_results import MeasuredRung, build_ladder
 from rung.config.io import parse_config
 from rung.evaluation.evaluate import Evaluation, ScoredItem
-from rung.results import Ladder
+from rung.results.ladder import Ladder
 
 FACTS = {"small": {"parameters": 100, "license": None}, "big": {"parameters": 900, "license": "mit"}}
 

@@ -27,7 +27,7 @@ from rung.evaluation.judge import (
     parse_verdict,
     read_human_labels,
 )
-from rung.results import JudgeAgreement
+from rung.results.evaluation import JudgeAgreement
 from rung.runs.judge import AnsweredQuestion, Judge, JudgeScorer
 from rung.scoring.pairwise import Outcome, win_share
 from rung.types import Message, Record, Source

@@ -24,7 +24,10 @@ from rung.report.formatting import (
 )
 from rung.report.summaries import gates_text, lottery_text, measured_text, method_text, validation_pairs_text
 from rung.report.tables import dry_run_lines, ladder_lines, run_lines, score_lines
-from rung.results import Estimate, EvaluationResult, GateResult, Ladder, LotteryResult, PreviewResult, RunResult
+from rung.results.base import Estimate, GateResult
+from rung.results.evaluation import EvaluationResult
+from rung.results.ladder import Ladder
+from rung.results.training import LotteryResult, PreviewResult, RunResult
 
 
 def estimate(mean: float, low: float | None, high: float | None, **more: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rung.results import Verdict
+from rung.results.ladder import Verdict
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.scoring.significance import holm, mcnemar
 from rung.scoring.stats import (

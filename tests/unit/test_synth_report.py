@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rung.report.synth import write_teach_page
-from rung.results import SynthCost, SynthResult
+from rung.results.synth import SynthCost, SynthResult
 
 
 def test_what_a_model_writes_is_text_in_the_page(tmp_path: Path) -> None:

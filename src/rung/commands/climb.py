@@ -44,7 +44,8 @@ from rung.models.base_model import BaseModel
 from rung.models.policy import NoMethod, Policy
 from rung.report.html import write_report
 from rung.report.tables import change_text
-from rung.results import CurvePoint, ForgettingComparison, ForgettingResult, Ladder, SkippedRung
+from rung.results.evaluation import ForgettingComparison
+from rung.results.ladder import CurvePoint, ForgettingResult, Ladder, SkippedRung
 from rung.runs import checks
 from rung.runs.checks import DoesNotFitError
 from rung.runs.dataset import RunData, read_splits

@@ -21,7 +21,8 @@ from rung.config.climb_runs import model_titles
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
-from rung.results import Diagnosis, Estimate, Ladder, LadderModel, LadderRow, NextRung, SkippedRung, Verdict
+from rung.results.base import Estimate
+from rung.results.ladder import Diagnosis, Ladder, LadderModel, LadderRow, NextRung, SkippedRung, Verdict
 from rung.runs.load import device
 from rung.scoring.recommendation import paired_gain, recommend, rung_score
 from rung.training.memory_use import peak_memory_bytes

@@ -17,7 +17,7 @@ from rung.errors import ConfigError
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation
 from rung.evaluation.judge import AnswerPair
 from rung.files import write_text
-from rung.results import ComparisonResult, MetricComparison
+from rung.results.evaluation import ComparisonResult, MetricComparison
 from rung.runs.judge import judge_pairs
 from rung.runs.load import refuse_climb
 from rung.scoring.recommendation import paired_gain

@@ -23,7 +23,7 @@ from rung.errors import ConfigError, RungError, did_you_mean
 from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import is_run_folder
-from rung.results import EvaluationResult, RewardModelHealth
+from rung.results.evaluation import EvaluationResult, RewardModelHealth
 from rung.runs.dataset import load_library, read_splits, tokenize_held_out, with_contexts
 from rung.runs.load import config_of_run, open_reward_model, open_target, refuse_climb, score, target_kind, test_records
 from rung.runs.server import check_evaluation_server

@@ -26,7 +26,7 @@ from rung.methods.adapter_files import CONFIG
 from rung.models.license import card_license
 from rung.models.load import base_files
 from rung.planning.hub import is_hub_id
-from rung.results import ExportedFile, ExportResult
+from rung.results.exports import ExportedFile, ExportResult
 from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.training.run_folder import is_climb, read_json, read_manifest
 

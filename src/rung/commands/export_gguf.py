@@ -54,7 +54,8 @@ from rung.models.base_model import quiet_transformers
 from rung.models.fused_modules import original_forwards
 from rung.models.load import base_files, load_end_ids, load_model_config, load_tokenizer, stored_fingerprint
 from rung.report.formatting import format_bytes
-from rung.results import ExportedFile, GateResult
+from rung.results.base import GateResult
+from rung.results.exports import ExportedFile
 from rung.runs.artifact import KNOWN_CONVERSATION
 from rung.runs.dataset import read_splits
 from rung.runs.load import (

@@ -29,7 +29,7 @@ from rung.evaluation.prompting import PromptFormat
 from rung.models.document_values import values_by_document
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
-from rung.results import ForgettingComparison
+from rung.results.evaluation import ForgettingComparison
 from rung.runs.dataset import read_splits, with_contexts
 from rung.runs.load import config_of_run, dequantize_if_configured, open_base, open_run, target_kind, test_records
 from rung.types import PackedBatch

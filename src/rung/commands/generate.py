@@ -40,7 +40,7 @@ from rung.models.base_model import BaseModel
 from rung.models.document_values import values_by_document
 from rung.models.generate import GeneratedAnswer, Sampling
 from rung.models.policy import NoMethod, Policy, sum_by_document
-from rung.results import GenerationResult
+from rung.results.evaluation import GenerationResult
 from rung.runs.auxiliary_models import open_scorer
 from rung.runs.load import (
     config_of_run,

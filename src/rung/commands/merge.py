@@ -34,7 +34,7 @@ from rung.models.policy import Policy
 from rung.planning.architecture import read_shape
 from rung.planning.memory import BASELINE_RSS
 from rung.report.formatting import format_bytes
-from rung.results import MergeResult
+from rung.results.exports import MergeResult
 from rung.runs.artifact import check_parity, check_prompt, logprobs_in_fresh_process, write_tokenizer_files
 from rung.runs.load import config_of_run, dequantize, load_base_on_device, open_run, saved_chat
 from rung.training import gates

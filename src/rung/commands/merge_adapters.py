@@ -42,7 +42,7 @@ from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
 from rung.models.targets import layer_number, roles_of
 from rung.objectives.registry import make_objective
-from rung.results import FuseResult
+from rung.results.exports import FuseResult
 from rung.runs.artifact import write_origin, write_tokenizer_files
 from rung.runs.auxiliary_models import load_reference
 from rung.runs.dataset import read_splits, tokenize_splits

@@ -25,7 +25,7 @@ from rung.methods.adapter_files import CONFIG
 from rung.models.license import card_license
 from rung.models.load import base_files
 from rung.planning.hub import hub_is_reachable, is_hub_id
-from rung.results import PushedFile, PushResult
+from rung.results.exports import PushedFile, PushResult
 from rung.runs.artifact import ORIGIN_FILE
 from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.training.run_folder import read_json

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rung.config.io import ConfigSource, resolve_config
 from rung.report.html import write_report
-from rung.results import PreviewResult, RunResult
+from rung.results.training import PreviewResult, RunResult
 from rung.runs.train import StartMode, dry_run, train_run
 from rung.training.distributed import join_process_group
 

@@ -31,7 +31,7 @@ from rung.models.generate import Sampling, generate_by_task
 from rung.models.packing import pack
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
-from rung.results import Estimate
+from rung.results.base import Estimate
 from rung.scoring.answer_rules import not_banned
 from rung.scoring.code_answers import CODE, require_tests, run_answers
 from rung.scoring.metrics import BINARY_METRICS, METRICS, Metric, best_score

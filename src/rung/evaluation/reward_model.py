@@ -21,7 +21,8 @@ from rung.models.packing import pack_lazily
 from rung.models.policy import Policy
 from rung.objectives.pairs import answer_pairs
 from rung.objectives.reward import RewardObjective
-from rung.results import Estimate, RewardModelHealth
+from rung.results.base import Estimate
+from rung.results.evaluation import RewardModelHealth
 from rung.scoring.stats import score_interval
 from rung.types import Example
 

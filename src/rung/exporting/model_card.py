@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rung.config.model_catalog import CATALOG
 from rung.planning.hub import is_hub_id
-from rung.results import Estimate, ExportedFile
+from rung.results.base import Estimate
+from rung.results.exports import ExportedFile
 
 ADAPTER_ENDING = "-adapter.gguf"
 """Of the name of a LoRA in GGUF."""

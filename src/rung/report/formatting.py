@@ -21,7 +21,7 @@ from rich.table import Table
 from rung.console import StyledLine, plain
 
 if TYPE_CHECKING:  # the models of all results take 45 ms to import, which `rung plan` does not need
-    from rung.results import Estimate
+    from rung.results.base import Estimate
 
 MISSING = "–"
 """Shown for a missing value."""

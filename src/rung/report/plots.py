@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from rung.console import visible
 from rung.report.formatting import decimals, format_estimate
-from rung.results import Estimate, RungVerdict
+from rung.results.base import Estimate
+from rung.results.ladder import RungVerdict
 
 Json = Mapping[str, Any]
 DrawFunction = Callable[[Any], None]

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from rung.config.climb import OnTopConfig, RungConfig
 from rung.errors import CheckpointError
 from rung.files import is_run_folder
-from rung.results import Ladder, LadderRow, RunResult
+from rung.results.ladder import Ladder, LadderRow
+from rung.results.training import RunResult
 from rung.scoring.metrics import BINARY_METRICS
 from rung.training.run_folder import read_items, read_manifest
 

@@ -17,7 +17,9 @@ from rung.data.token_store import describe_notes
 from rung.report import plots, summaries
 from rung.report.formatting import MISSING, format_bytes, format_count, format_duration, format_loss
 from rung.report.run_reader import PERPLEXITY, LoggedRun, ReportSource
-from rung.results import LadderRow, RetrievalResult, RunResult
+from rung.results.evaluation import RetrievalResult
+from rung.results.ladder import LadderRow
+from rung.results.training import RunResult
 
 Pairs = dict[str, str]
 

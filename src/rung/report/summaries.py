@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung import results
 from rung.config.climb import UNTUNED
 from rung.config.method import BASE_CHANGING_METHODS, LOW_RANK_METHODS, default_alpha
 from rung.report.formatting import (
@@ -29,7 +28,11 @@ from rung.report.formatting import (
     format_significant,
 )
 from rung.report.run_reader import PERPLEXITY
-from rung.results import Estimate, HarnessScore
+from rung.results.base import Estimate, GateResult
+from rung.results.data import ContaminationResult
+from rung.results.evaluation import HarnessScore, RetrievalResult, RewardModelHealth
+from rung.results.ladder import Ladder, LadderModel, LadderRow, Verdict
+from rung.results.training import LotteryResult, RunResult
 
 Json = Mapping[str, Any]
 ALL_ROLES = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -68,10 +71,10 @@ class PrintedRung:
     seconds: str
 
 
-LabeledRows = Sequence[tuple[str, results.LadderRow]]
+LabeledRows = Sequence[tuple[str, LadderRow]]
 
 
-def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: results.Verdict | None) -> list[PrintedRung]:
+def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: Verdict | None) -> list[PrintedRung]:
     """Rows of (label, measurements) as text; the decimals of a column follow its least certain number."""
     digits = {m: decimals(row.scores.get(m) for _, row in rows) for m in metrics}
     gain_digits = decimals(row.gain for _, row in rows)
@@ -109,7 +112,7 @@ class PrintedModel:
     seconds: str
 
 
-def printed_models(models: Sequence[results.LadderModel]) -> list[PrintedModel]:
+def printed_models(models: Sequence[LadderModel]) -> list[PrintedModel]:
     """The bases as text: a query takes as much as the least and the most of their rungs."""
     return [
         PrintedModel(
@@ -129,7 +132,7 @@ def _range_text(ends: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 
-def retrieved_text(result: results.RetrievalResult) -> str:
+def retrieved_text(result: RetrievalResult) -> str:
     """Hit rate of retrieval as text."""
     text = f"{format_estimate(result.hit_rate)}, {result.hits:,} of {result.hit_rate.examples:,} questions"
     return text + (f"; {result.without_passages:,} share no word with any" if result.without_passages else "")
@@ -144,7 +147,7 @@ class TriedInstruction:
     chosen: bool
 
 
-def tried_instructions(row: results.LadderRow, metrics: Sequence[str]) -> list[TriedInstruction]:
+def tried_instructions(row: LadderRow, metrics: Sequence[str]) -> list[TriedInstruction]:
     """The instructions that a rung tried, as rows of a table."""
     digits = {m: decimals(candidate.scores.get(m) for candidate in row.instructions) for m in metrics}
     instructions = []
@@ -217,7 +220,7 @@ def _layers_text(layers: object) -> str:
     return "layers " + (layers if isinstance(layers, str) else ", ".join(map(str, layers)))  # type: ignore[call-overload]
 
 
-def gates_text(gates: Sequence[results.GateResult]) -> str:
+def gates_text(gates: Sequence[GateResult]) -> str:
     """All gates in one line; failed and unreached gates by name."""
     names = {state: [g.name for g in gates if g.state == state] for state in ("failed", "passed", "not_reached")}
     texts = {
@@ -228,7 +231,7 @@ def gates_text(gates: Sequence[results.GateResult]) -> str:
     return ", ".join(text for state, text in texts.items() if names[state]) or "none reached"
 
 
-def reward_text(health: results.RewardModelHealth | None) -> str:
+def reward_text(health: RewardModelHealth | None) -> str:
     """Health of a reward model on validation pairs."""
     if health is None:
         return ""
@@ -258,7 +261,7 @@ def validation_pairs_text(log: Sequence[Json]) -> str:
     return ", ".join(parts)
 
 
-def lottery_text(lottery: results.LotteryResult | None) -> str:
+def lottery_text(lottery: LotteryResult | None) -> str:
     """Layers that continued, the score of each third of the model, and whether the middle third won beyond chance."""
     if lottery is None:
         return ""
@@ -293,7 +296,7 @@ def router_text(load: Mapping[str, Sequence[float]]) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%} of the tokens an expert; even would be {even:.0%}"
 
 
-def contamination_text(result: results.ContaminationResult) -> dict[str, str]:
+def contamination_text(result: ContaminationResult) -> dict[str, str]:
     """Test items that occur in the training rows; per tier the scores without them, and an example."""
     if result.unknown is not None:
         return {"seen in training": f"unknown: {result.unknown}"}
@@ -323,7 +326,7 @@ def measured_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def commands_after_climb(ladder: results.Ladder) -> list[str]:
+def commands_after_climb(ladder: Ladder) -> list[str]:
     """Next commands for the verdict, each with its reason."""
     verdict, commands = ladder.verdict, []
     if needed := verdict.examples_needed:
@@ -373,7 +376,7 @@ def cut_off_text(shares: Mapping[str, float]) -> str:
     return f"answers cut at evaluation.max_new_tokens: {', '.join(cut_rungs)}" if cut_rungs else ""
 
 
-def commands_after_run(run: results.RunResult, output: str) -> list[str]:
+def commands_after_run(run: RunResult, output: str) -> list[str]:
     """Next commands for the state of a run, each with its reason."""
     quoted = shlex.quote(output)
     if run.status == "no_signal":
@@ -386,13 +389,13 @@ def commands_after_run(run: results.RunResult, output: str) -> list[str]:
     return [*score, f"rung chat {quoted} --compare  # base and tuned side by side"]
 
 
-def artifact_folder(run: results.RunResult, output: str) -> str:
+def artifact_folder(run: RunResult, output: str) -> str:
     """Folder of the tuned weights."""
     kind = run.config.get("method", {}).get("kind")
     return str(Path(output) / ("model" if kind in BASE_CHANGING_METHODS else "adapter"))
 
 
-def _tuned_row(ladder: results.Ladder) -> results.LadderRow | None:
+def _tuned_row(ladder: Ladder) -> LadderRow | None:
     """The run for `rung chat`: the recommended rung, the best one, or the tuned rung with the highest score."""
     # the verdict may favor an untuned rung, but only a tuned one can be compared with its base
     tuned = [row for row in ladder.rows if row.kind not in UNTUNED]
@@ -403,7 +406,7 @@ def _tuned_row(ladder: results.Ladder) -> results.LadderRow | None:
     return max(tuned, key=lambda row: sign * row.scores[ladder.metric].mean, default=None)
 
 
-def _rung_note(label: str, verdict: results.Verdict | None) -> str:
+def _rung_note(label: str, verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
     if label == (verdict.recommended or verdict.safe):

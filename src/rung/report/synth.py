@@ -17,7 +17,8 @@ import yaml
 from rung.files import write_bytes
 from rung.report.formatting import format_duration, format_estimate
 from rung.report.html import page_template
-from rung.results import ConstitutionResult, Estimate, ImproveResult, RevisionRound, SynthResult
+from rung.results.base import Estimate
+from rung.results.synth import ConstitutionResult, ImproveResult, RevisionRound, SynthResult
 
 REPORT_FILE = "report.html"
 ROWS_SHOWN = 12

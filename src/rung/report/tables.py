@@ -15,7 +15,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rung import results
 from rung.console import add_text_row, plain
 from rung.report import summaries
 from rung.report.formatting import (
@@ -33,14 +32,26 @@ from rung.report.formatting import (
     render_lines,
 )
 from rung.report.summaries import PrintedModel, PrintedRung
-from rung.results import Estimate
+from rung.results.base import Estimate
+from rung.results.data import TokenResult
+from rung.results.evaluation import (
+    ComparisonResult,
+    EvaluationResult,
+    ForgettingComparison,
+    HarnessResult,
+    JudgeResult,
+    MetricComparison,
+)
+from rung.results.exports import ExportResult, PushResult
+from rung.results.ladder import Ladder, LadderRow
+from rung.results.training import PreviewResult, RunResult
 
 MIN_PREDICTABLE_BYTES = 2**24
 """Peak memory beyond that of the libraries (16 MiB) from which its relative error says something of the plan."""
 _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bold yellow", "best": "bold"}
 
 
-def ladder_lines(ladder: results.Ladder) -> list[str]:
+def ladder_lines(ladder: Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
     metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
     rows = summaries.printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
@@ -77,7 +88,7 @@ def _models(models: Sequence[PrintedModel], *, with_query: bool) -> Table:
     return table
 
 
-def _retrieval_lines(rows: Sequence[results.LadderRow]) -> list[str]:
+def _retrieval_lines(rows: Sequence[LadderRow]) -> list[str]:
     """Hit rates of retrieval; rungs with the same result share a line."""
     rungs: dict[str, list[str]] = {}
     for row in rows:
@@ -87,7 +98,7 @@ def _retrieval_lines(rows: Sequence[results.LadderRow]) -> list[str]:
     return [f"{', '.join(names)}: {statement} {text}" for text, names in rungs.items()]
 
 
-def export_lines(result: results.ExportResult) -> list[str]:
+def export_lines(result: ExportResult) -> list[str]:
     """The files of an export with their proof and their scores, and how they are used."""
     lines = [f"exported to {result.path}", *result.notes]
     if result.files:
@@ -106,7 +117,7 @@ def export_lines(result: results.ExportResult) -> list[str]:
     return [*lines, "", *result.commands]
 
 
-def push_lines(result: results.PushResult) -> list[str]:
+def push_lines(result: PushResult) -> list[str]:
     """What was sent to the hub, or, without a commit, what would be."""
     files = name_value_table({file.name: format_bytes(file.bytes) for file in result.files})
     if result.commit is not None:
@@ -114,7 +125,7 @@ def push_lines(result: results.PushResult) -> list[str]:
     return [*files, "", *result.card.splitlines(), "", *result.notes, f"nothing was sent to {result.repository}"]
 
 
-def _export_table(result: results.ExportResult) -> Table:
+def _export_table(result: ExportResult) -> Table:
     """One row a file: size, proof, and with --measure its score beside the run's."""
     metric = next((name for file in result.files for name in file.scores), None)
     heads = ["type", "size", "largest", "mean", *([metric, "to the run", "s/query"] if metric else [])]
@@ -134,7 +145,7 @@ def _export_table(result: results.ExportResult) -> Table:
     return table
 
 
-def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
+def run_lines(run: RunResult, output: str, report: str) -> list[str]:
     """Status of a run, its measurements, the folder of its weights and next commands."""
     lines = {"gates": summaries.gates_text(run.gates)}
     if run.steps:
@@ -161,12 +172,12 @@ def run_lines(run: results.RunResult, output: str, report: str) -> list[str]:
     return ["", head, *name_value_table(lines), *_report_and_commands(report, commands)]
 
 
-def _changed_for_length(part: results.TokenResult | None) -> str:
+def _changed_for_length(part: TokenResult | None) -> str:
     counts = {"too long and left out": part.dropped, "with a shortened prompt": part.trimmed} if part else {}
     return "".join(f"; {count:,} {name}" for name, count in counts.items() if count)
 
 
-def _memory(run: results.RunResult) -> str:
+def _memory(run: RunResult) -> str:
     """Peak memory, compared with the plan if there is one."""
     if (plan := run.plan) is None:
         return f"{format_bytes(run.peak_memory_bytes)} at the peak"
@@ -179,7 +190,7 @@ def _memory(run: results.RunResult) -> str:
     return f"{format_bytes(peak)} at the peak; planned {planned} ({relative_error:+.0%} of what is not the libraries')"
 
 
-def dry_run_lines(result: results.PreviewResult) -> list[str]:
+def dry_run_lines(result: PreviewResult) -> list[str]:
     """Data and settings of a dry run."""
     train, trainable = result.train, result.trainable_parameters
     rows = ", ".join(f"{split.rows:,} {name}" for name, split in result.splits.by_name().items())
@@ -199,7 +210,7 @@ def dry_run_lines(result: results.PreviewResult) -> list[str]:
     return ["", *name_value_table(lines), "", "Nothing was written. Without --dry-run this trains."]
 
 
-def score_lines(result: results.EvaluationResult) -> list[str]:
+def score_lines(result: EvaluationResult) -> list[str]:
     """Scores with intervals and the cost of a query; for a reward model its health."""
     if result.reward is not None:
         return ["", f"{result.target}: {result.summary}"]
@@ -218,7 +229,7 @@ def score_lines(result: results.EvaluationResult) -> list[str]:
     return output
 
 
-def harness_lines(result: results.HarnessResult) -> list[str]:
+def harness_lines(result: HarnessResult) -> list[str]:
     """Scores of lm-evaluation-harness with their standard errors."""
     table = empty_table(("task", "metric", "score", "items", "shots"), gap=2)
     for row in summaries.harness_rows(result.scores):
@@ -292,7 +303,7 @@ NOTABLE_LENGTH_EFFECT = 0.1
 """Difference between the raw and the length-controlled win rate from which the output mentions length."""
 
 
-def comparison_lines(result: results.ComparisonResult) -> list[str]:
+def comparison_lines(result: ComparisonResult) -> list[str]:
     """Comparison of two systems: each metric, then the judge's preferences."""
     size = f"{result.examples:,} held-out questions in {result.clusters:,} clusters, 95 % intervals, paired"
     lines = ["", f"{result.target} against {result.baseline}: {size}"]
@@ -303,7 +314,7 @@ def comparison_lines(result: results.ComparisonResult) -> list[str]:
     return lines
 
 
-def forgetting_lines(result: results.ForgettingComparison) -> list[str]:
+def forgetting_lines(result: ForgettingComparison) -> list[str]:
     """Comparison of a run with its base on unrelated data."""
     size = f"{result.examples:,} rows in {result.clusters:,} clusters, 95 % intervals, run minus base"
     lines = ["", f"{result.target} on {result.forgetting}: {size}"]
@@ -313,7 +324,7 @@ def forgetting_lines(result: results.ForgettingComparison) -> list[str]:
     return lines
 
 
-def metric_text(name: str, comparison: results.MetricComparison) -> str:
+def metric_text(name: str, comparison: MetricComparison) -> str:
     """Both scores and their difference; if it is not significant, the smallest difference that would be."""
     digits, p_value = decimals([comparison.before, comparison.after]), comparison.difference.p_value
     scores = f"{format_estimate(comparison.after, digits)} against {format_estimate(comparison.before, digits)}"
@@ -325,12 +336,12 @@ def metric_text(name: str, comparison: results.MetricComparison) -> str:
     return f"{scores}\n{change}"
 
 
-def change_text(name: str, comparison: results.MetricComparison) -> str:
+def change_text(name: str, comparison: MetricComparison) -> str:
     """After minus before with its interval; for perplexity in nats."""
     return format_estimate(comparison.difference, signed=True) + (" nats a token" if name == "perplexity" else "")
 
 
-def _judge(judge: results.JudgeResult) -> dict[str, str]:
+def _judge(judge: JudgeResult) -> dict[str, str]:
     lines = {}
     if (raw := judge.win_rate) and (controlled := judge.length_controlled) and judge.consistent:
         lines["win rate"] = f"{_rate(raw)}; {judge.wins:,} won, {judge.ties:,} tied, {judge.losses:,} lost"

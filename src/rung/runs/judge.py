@@ -35,7 +35,7 @@ from rung.inference.ask import Conversation
 from rung.inference.journal import Journal, request_key
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, Server
 from rung.models.generate import Sampling
-from rung.results import JudgeAgreement, JudgeResult
+from rung.results.evaluation import JudgeAgreement, JudgeResult
 from rung.runs.load import LoadedRun, open_target, weight_fingerprints
 from rung.scoring.pairwise import Outcome, check_judge, summarize_preferences, win_share
 from rung.types import Message, Record

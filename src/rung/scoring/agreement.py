@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.results import Estimate
+from rung.results.base import Estimate
 from rung.scoring.intervals import TINY, Sizes, bounded_mean, kish, t_quantile
 from rung.scoring.significance import Floats, batch_sizes
 from rung.scoring.stats import (

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rung.results import Estimate, JudgeAgreement, Preference
+from rung.results.base import Estimate
+from rung.results.evaluation import JudgeAgreement, Preference
 from rung.scoring.agreement import Label, cohen_kappa, krippendorff_alpha, percent_agreement
 from rung.scoring.significance import Floats, batch_sizes
 from rung.scoring.stats import MIN_RESAMPLED_CLUSTERS, Clusters, expanded_percentiles, score_interval

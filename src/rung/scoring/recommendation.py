@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize  # type: ignore[import-untyped,unused-ignore]
 
-from rung.results import Estimate, LadderStep, RungVerdict, Verdict
+from rung.results.base import Estimate
+from rung.results.ladder import LadderStep, RungVerdict, Verdict
 from rung.scoring import stats
 from rung.scoring.intervals import ALPHA, t_quantile
 from rung.scoring.significance import Floats, holm

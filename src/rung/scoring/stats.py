@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # type: ignore[import-untyped,unused-ignore]
 
-from rung.results import Estimate
+from rung.results.base import Estimate
 from rung.scoring.intervals import (
     ALPHA,
     SIGN_TEST_MINIMUM,

@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rung.console import print_status, status
 from rung.errors import ConfigError, PlanError
 from rung.files import is_run_folder
-from rung.results import HarnessResult, HarnessScore
+from rung.results.evaluation import HarnessResult, HarnessScore
 from rung.runs.artifact import write_tokenizer_files
 from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.serving.run import ServeRequest, listen, opened, require_installed

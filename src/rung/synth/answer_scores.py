@@ -13,7 +13,7 @@ from rung.data.tokenize import tokenize_records
 from rung.errors import ConfigError, DataError
 from rung.evaluation.reward_model import RewardScorer
 from rung.planning.memory import tokens_per_micro_batch
-from rung.results import JudgeAgreement
+from rung.results.evaluation import JudgeAgreement
 from rung.runs.auxiliary_models import require_healthy_reward_run, reward_row
 from rung.runs.judge import AnsweredQuestion, JudgeScorer, open_judge_scorer, require_human_labels
 from rung.runs.load import open_reward_model

@@ -22,7 +22,7 @@ from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_constitution_page
-from rung.results import ConstitutionResult, CriticAgreement
+from rung.results.synth import ConstitutionResult, CriticAgreement
 from rung.synth.constitution_rows import (
     helpful_row,
     preference_facts,

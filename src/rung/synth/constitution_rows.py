@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rung.data.rows import answer_row, columns_of, preference_row
-from rung.results import RevisionRound
+from rung.results.synth import RevisionRound
 from rung.scoring.words import letter_tokens
 from rung.synth.feedback import PROBABILITY_DIGITS, LabeledPair
 from rung.synth.filters import Rejection, check_refusal

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rung.config.constitution import ConstitutionConfig, PreferencesConfig, PrincipleConfig
 from rung.evaluation.judge import AnswerPair
 from rung.inference.ask import Answer, Conversation
-from rung.results import CriticAgreement
+from rung.results.synth import CriticAgreement
 from rung.scoring.pairwise import Outcome, majority
 from rung.scoring.stats import score_interval
 from rung.synth.constitution_sources import ConstitutionSources

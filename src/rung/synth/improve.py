@@ -33,7 +33,7 @@ from rung.inference.journal import Journal
 from rung.inference.local_model import LocalModel
 from rung.models.generate import Sampling
 from rung.report.synth import write_improve_page
-from rung.results import ImproveResult, ImproveRound
+from rung.results.synth import ImproveResult, ImproveRound
 from rung.runs.dataset import read_splits, with_contexts
 from rung.runs.judge import AnsweredQuestion, JudgeScorer
 from rung.runs.load import (

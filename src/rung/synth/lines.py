@@ -10,7 +10,9 @@ from typing import Any
 from rung.console import add_text_row
 from rung.report.formatting import empty_table, format_duration, format_estimate, render_lines
 from rung.report.synth import REPORT_FILE
-from rung.results import ConstitutionResult, Estimate, ImproveResult, JudgeAgreement, SynthCost, SynthResult
+from rung.results.base import Estimate
+from rung.results.evaluation import JudgeAgreement
+from rung.results.synth import ConstitutionResult, ImproveResult, SynthCost, SynthResult
 
 PREVIEW_CHARACTERS = 300
 """Characters of a text that a preview shows."""

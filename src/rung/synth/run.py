@@ -6,7 +6,7 @@ from rung.config.constitution import ConstitutionRunConfig
 from rung.config.io import SynthRunConfig
 from rung.config.synth import ImproveRunConfig
 from rung.errors import ConfigError
-from rung.results import ConstitutionResult, ImproveResult, SynthResult
+from rung.results.synth import ConstitutionResult, ImproveResult, SynthResult
 from rung.synth.constitution import constitution
 from rung.synth.improve import improve
 from rung.synth.teach import teach

@@ -16,7 +16,8 @@ from rung.files import SYNTH_FILE, recover_interrupted_writes, write_json_lines
 from rung.inference.ask import AnswerModel
 from rung.inference.journal import Journal, request_key
 from rung.report.synth import write_teach_page
-from rung.results import JudgeAgreement, SynthResult
+from rung.results.evaluation import JudgeAgreement
+from rung.results.synth import SynthResult
 from rung.synth.answer_scores import ScoreAnswers, answer_scorer, require_scorable, require_usable_judge
 from rung.synth.filters import diversity
 from rung.synth.folder import REJECTED_FILE, ROWS_FILE, digest, finished_manifest, forget_rows, kept_result

@@ -17,7 +17,7 @@ from rung.inference.journal import Journal, request_key
 from rung.inference.local_model import LocalModel
 from rung.inference.openai_client import DEFAULT_CONCURRENCY, FAILED, Server
 from rung.models.generate import Sampling
-from rung.results import SynthCost
+from rung.results.synth import SynthCost
 from rung.runs.load import open_target, weight_fingerprints
 
 JOURNAL_PATTERN = "journal-*.jsonl"
