@@ -11,7 +11,8 @@ import torch
 from builders import greedy_by_transformers, policy_of, tuned
 from models import SHAPES, tiny_model
 from rung.models.policy import Policy
-from rung.models.slot_batch import BeginningCache, RowSampling, SlotBatch, SlotRow, draw, nucleus
+from rung.models.prompt_cache import BeginningCache, PromptEncoder
+from rung.models.slot_batch import JoiningPrompt, RowSampling, SlotBatch, SlotRow, draw, nucleus
 
 PROMPTS = [[5, 6, 7, *range(40 + i, 40 + i + 3 * i)] for i in range(7)]
 BEGINNING = list(range(100, 140))
@@ -41,8 +42,54 @@ def test_answers_are_those_of_each_prompt_alone(shape: str, beginning: list[int]
     assert not batch.rows
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         assert answers[row] == greedy_by_transformers(model, prompt, 3 + 2 * i, [])
-    assert (batch.shared_tokens > 0) is bool(beginning)
-    assert batch.encoded_tokens + batch.shared_tokens == sum(len(prompt) - 1 for prompt in prompts)
+    assert (batch.encoder.shared_tokens > 0) is bool(beginning)
+    assert batch.encoder.encoded_tokens + batch.encoder.shared_tokens == sum(len(prompt) - 1 for prompt in prompts)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_that_come_together_are_encoded_together(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are those of each prompt alone; what all begin with is encoded once, the rest in one pass."""
+    model = tiny_model(shape, dtype=torch.float64)
+    passes = list[int]()
+    packed = PromptEncoder._packed
+
+    def counted(self: PromptEncoder, texts: Any, start: int, beginning: Any) -> Any:
+        passes.append(len(texts))
+        return packed(self, texts, start, beginning)
+
+    monkeypatch.setattr(PromptEncoder, "_packed", counted)
+    batch, answers = SlotBatch(policy_of(model), beginnings_bytes=10**7), dict[SlotRow, list[int]]()
+    prompts = [[*BEGINNING, *prompt] for prompt in PROMPTS] + [[9], [8, 7], PROMPTS[5], [*BEGINNING, *PROMPTS[6]]]
+    first = batch.join_all([JoiningPrompt(prompts[0], [RowSampling(6)] * 2)])
+    finish(batch, [first[0][0]], answers, steps=2)
+    joined = batch.join_all([JoiningPrompt(prompt, [RowSampling(6)]) for prompt in prompts])
+    finish(batch, [row for rows in joined for row in rows], answers)
+    for prompt, rows in zip(prompts, joined, strict=True):
+        assert answers[rows[0]] == greedy_by_transformers(model, prompt, 6, [])
+    assert answers[first[0][1]] == answers[joined[0][0]]
+    # the first answer, those that begin alike, and those that begin with nothing of theirs; one token is no pass
+    assert passes == [1, 8, 2]
+    tokens = sum(len(prompt) - 1 for prompt in [prompts[0], *prompts])
+    assert batch.encoder.encoded_tokens + batch.encoder.shared_tokens == tokens
+    assert batch.encoder.shared_tokens >= 7 * len(BEGINNING)
+
+
+def test_a_beginning_that_nobody_has_encoded_is_encoded_once() -> None:
+    batch = SlotBatch(policy_of(tiny_model()), beginnings_bytes=10**7)
+    batch.join_all([JoiningPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
+    # the first is read whole but for its last token, of the others what follows that
+    assert batch.encoder.encoded_tokens == len(BEGINNING) + 2 + sum(3 * i for i in range(7))
+    # without room to keep anything each reads its own
+    batch = SlotBatch(policy_of(tiny_model()))
+    batch.join_all([JoiningPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
+    assert batch.encoder.shared_tokens == 0
+
+
+def test_a_prompt_that_does_not_fit_lets_none_of_its_company_join() -> None:
+    batch = SlotBatch(policy_of(tiny_model()))
+    with pytest.raises(ValueError, match="a prompt of"):
+        batch.join_all([JoiningPrompt(PROMPTS[2], [RowSampling(3)]), JoiningPrompt([5], [RowSampling(10**6)])])
+    assert not batch.rows and batch.encoder.encoded_tokens == 0
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -82,7 +129,7 @@ def test_answers_of_one_prompt_read_it_once() -> None:
     policy = policy_of(tiny_model())
     batch = SlotBatch(policy)
     rows = batch.join(PROMPTS[4], [RowSampling(5, 1.0, seed=i) for i in range(6)])
-    assert len(rows) == 6 and batch.encoded_tokens == len(PROMPTS[4]) - 1
+    assert len(rows) == 6 and batch.encoder.encoded_tokens == len(PROMPTS[4]) - 1
     answers: dict[SlotRow, list[int]] = {}
     finish(batch, rows, answers)
     assert len({tuple(ids) for ids in answers.values()}) > 3
@@ -132,12 +179,12 @@ def test_beginnings_are_bounded_and_the_oldest_goes_first() -> None:
     assert [cache.longest(prompt)[0] for prompt in prompts] == [40, 0, 40, 40]
     cache.add(np.arange(9000, 9200), states(200))
     assert len(cache.entries) == 3  # larger than all of it
-    cache.add(np.arange(31), states(31))
+    cache.add(np.arange(7), states(7))
     assert len(cache.entries) == 3  # too short to be worth it
     half = np.concatenate([prompts[2][:35], [7, 8, 9]])
     length, kept = cache.longest(half)
     assert length == 35 and kept is not None and kept[0][0].shape[2] == 40
-    assert cache.longest(np.concatenate([prompts[2][:31], [7, 8, 9]])) == (0, None)
+    assert cache.longest(np.concatenate([prompts[2][:7], [7, 8, 9]])) == (0, None)
 
 
 def test_room() -> None:

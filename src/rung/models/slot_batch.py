@@ -2,8 +2,8 @@
 
 `models/decoding.py` answers a set of prompts that is known beforehand, all sampled in one way. A server does not know
 what comes next. Here every row has its own slots of the cache from the first on, so a row that joins waits for nobody;
-a row that leaves gives its place to the last one, so that the batch is dense. Beginnings of earlier prompts are kept,
-and a prompt that begins with one of them is encoded from there on. `serving/engine.py` drives it; one thread at a time.
+a row that leaves gives its place to the last one, so that the batch is dense. Prompts are encoded by
+`models/prompt_cache.py`, which keeps beginnings of earlier ones. `serving/engine.py` drives it; one thread at a time.
 
 Suffixes: B rows of the batch, S slots (without virtual tokens), V vocabulary, K key/value heads, D head width.
 """
@@ -11,9 +11,8 @@ Suffixes: B rows of the batch, S slots (without virtual tokens), V vocabulary, K
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +23,9 @@ from transformers import Cache
 from rung.models.base_model import widest_float
 from rung.models.decoding import invert_distribution
 from rung.models.policy import Policy, model_inputs
+from rung.models.prompt_cache import PromptEncoder
 from rung.models.slot_layer import SlotLayer, whole_blocks
-from rung.models.tree_attention import KeysValues, KVByLayer, concatenate_kv
 from rung.models.weight_layout import order_weights
-from rung.types import Segment
-
-MIN_KEPT_BEGINNING = 32
-"""Tokens; encoding a shorter beginning again costs less than looking for it saves."""
 
 
 @dataclass(frozen=True)
@@ -77,38 +72,11 @@ class SlotRow:
         return self.slot + self.sampling.max_new_tokens - self.drawn
 
 
-@dataclass
-class BeginningCache:
-    """Keys and values of earlier prompts, by their tokens; the one that was used longest ago goes first."""
+class JoiningPrompt(NamedTuple):
+    """A prompt, and one sampling for each answer to it."""
 
-    limit_bytes: int
-    entries: OrderedDict[bytes, tuple[np.ndarray, KVByLayer]] = field(default_factory=OrderedDict)
-    bytes_held: int = 0
-
-    def longest(self, ids: np.ndarray) -> tuple[int, KVByLayer | None]:
-        """The longest beginning of these tokens that is kept: its length, and keys and values at least as long."""
-        best, found = 0, None
-        for key, (kept, _) in self.entries.items():
-            length = min(len(kept), len(ids))
-            differences = np.flatnonzero(kept[:length] != ids[:length])
-            common = int(differences[0]) if len(differences) else length
-            if common > best:
-                best, found = common, key
-        if found is None or best < MIN_KEPT_BEGINNING:
-            return 0, None
-        self.entries.move_to_end(found)
-        return best, self.entries[found][1]
-
-    def add(self, ids: np.ndarray, kv_by_layer: KVByLayer) -> None:
-        """Keep a prompt, unless it alone is larger than the limit."""
-        size = sum(part.nbytes for states in kv_by_layer.values() for part in states)
-        if len(ids) < MIN_KEPT_BEGINNING or size > self.limit_bytes or ids.tobytes() in self.entries:
-            return
-        self.entries[ids.tobytes()] = (ids, kv_by_layer)
-        self.bytes_held += size
-        while self.bytes_held > self.limit_bytes:
-            _, (_, oldest) = self.entries.popitem(last=False)
-            self.bytes_held -= sum(part.nbytes for states in oldest.values() for part in states)
+    ids: Sequence[int]
+    samplings: Sequence[RowSampling]
 
 
 class SlotBatch:
@@ -117,12 +85,8 @@ class SlotBatch:
     def __init__(self, policy: Policy, *, beginnings_bytes: int = 0) -> None:
         self.policy = policy
         self.rows: list[SlotRow] = []
-        self.beginnings = BeginningCache(beginnings_bytes)
-        self.encoded_tokens = self.shared_tokens = 0
-        """Prompt tokens that were encoded, and those whose keys were kept from earlier prompts."""
+        self.encoder = PromptEncoder(policy, beginnings_bytes)
         self._layers: list[SlotLayer] = []
-        with torch.no_grad(), policy.autocast():
-            self._virtual = policy.virtual_kv()
         order_weights(policy.model)
 
     @property
@@ -133,36 +97,43 @@ class SlotBatch:
         boundary = self.policy.rope_boundary
         return context if boundary is None else min(context, boundary - self.policy.method.virtual_tokens)
 
-    @torch.no_grad()
     def join(self, ids: Sequence[int], samplings: Sequence[RowSampling]) -> list[SlotRow]:
-        """Encode a prompt up to its last token, and add a row for each sampling.
+        """Add a row for each answer to a prompt. Raises as `join_all`."""
+        return self.join_all([JoiningPrompt(ids, samplings)])[0]
 
-        Raises `ValueError` for a prompt without tokens or one that leaves no room.
+    @torch.no_grad()
+    def join_all(self, prompts: Sequence[JoiningPrompt]) -> list[list[SlotRow]]:
+        """Encode prompts up to their last token, and add a row for each sampling, by prompt.
+
+        Raises `ValueError` for a prompt without tokens or one that leaves no room; then none of them has joined.
         """
-        longest = max(sampling.max_new_tokens for sampling in samplings)
-        if not ids or len(ids) + longest > self.max_tokens:
-            raise ValueError(f"a prompt of {len(ids)} tokens and {longest} more, where {self.max_tokens} are allowed")
-        kv_by_layer = self._encode(np.array(ids[:-1], dtype=np.int64))
-        joined = []
-        for sampling in samplings:
-            generator = torch.Generator().manual_seed(sampling.seed)
-            joined.append(SlotRow(sampling, ids[-1], len(ids) - 1, generator))
+        for ids, samplings in prompts:
+            longest = max(sampling.max_new_tokens for sampling in samplings)
+            if not ids or len(ids) + longest > self.max_tokens:
+                given = f"a prompt of {len(ids)} tokens and {longest} more"
+                raise ValueError(f"{given}, where {self.max_tokens} are allowed")
+        encoded = self.encoder.encode([np.array(ids[:-1], dtype=np.int64) for ids, _ in prompts])
+        joined = [[_new_row(ids, sampling) for sampling in samplings] for ids, samplings in prompts]
         if not self._layers:
-            states = kv_by_layer or self._packed(np.array(ids[-1:], dtype=np.int64), 0, None)
+            states = next((kv for kv in encoded if kv), None)
+            states = states or self.encoder.one(np.array(prompts[0].ids[-1:], dtype=np.int64))
             self._layers = [SlotLayer(states[layer]) for layer in sorted(states)]
-        rows, slots = _buffer_shape([row.end for row in (*self.rows, *joined)])
+        added = [row for rows in joined for row in rows]
+        capacity, slots = _buffer_shape([row.end for row in (*self.rows, *added)])
         for slot_layer in self._layers:
-            slot_layer.reserve(rows, slots)
+            slot_layer.reserve(capacity, slots)
         first = len(self.rows)
-        for layer in sorted(kv_by_layer):
-            self._layers[layer].write(slice(first, first + len(joined)), kv_by_layer[layer])
+        for kv_by_layer, rows in zip(encoded, joined, strict=True):
+            for layer in sorted(kv_by_layer):
+                self._layers[layer].write(slice(first, first + len(rows)), kv_by_layer[layer])
+            first += len(rows)
         # last: where memory was missing, the batch is what it was
-        self.rows += joined
+        self.rows += added
         return joined
 
-    def cache_bytes(self, prompt_tokens: int, samplings: Sequence[RowSampling], *, alone: bool = False) -> int:
-        """Bytes of keys and values in the buffers if rows for these samplings joined, or were `alone` in them."""
-        ends = [max(0, prompt_tokens - 1) + sampling.max_new_tokens for sampling in samplings]
+    def cache_bytes(self, prompts: Sequence[JoiningPrompt], *, alone: bool = False) -> int:
+        """Bytes of keys and values in the buffers if rows for these prompts joined, or were `alone` in them."""
+        ends = [max(0, len(ids) - 1) + sampling.max_new_tokens for ids, all_ in prompts for sampling in all_]
         rows, slots = _buffer_shape(ends if alone else [*ends, *(row.end for row in self.rows)])
         shape = self.policy.base.shape
         return 2 * rows * slots * shape.layers * shape.kv * self.policy.base.compute_dtype.itemsize
@@ -198,7 +169,7 @@ class SlotBatch:
                 **model_inputs(policy.embed(last_B1, None)),
                 position_ids=(slot_B + policy.method.virtual_tokens)[:, None],
                 past_key_values=Cache(layers=self._layers),
-                prefix=self._virtual,
+                prefix=self.encoder.virtual_kv,
                 attention_mask=(torch.arange(slots, device=device) <= slot_B[:, None])[:, None, None],
                 row_slots=slot_B,
                 use_cache=True,
@@ -209,43 +180,14 @@ class SlotBatch:
             row.last_token, row.slot, row.drawn = token.token, row.slot + 1, row.drawn + 1
         return list(zip(self.rows, drawn, strict=True))
 
-    def _encode(self, ids: np.ndarray) -> KVByLayer:
-        """Keys and values of a prompt [1, K, T, D], from the longest beginning that is kept."""
-        if not len(ids):
-            return {}
-        kept_tokens, kept = self.beginnings.longest(ids)
-        self.shared_tokens += kept_tokens
-        self.encoded_tokens += len(ids) - kept_tokens
-        beginning = None
-        if kept is not None:
-            beginning = {layer: _first(states, kept_tokens) for layer, states in kept.items()}
-        rest = self._packed(ids[kept_tokens:], kept_tokens, beginning)
-        if not rest:  # a view of what is kept: keeping it too would hold the whole
-            return beginning or {}
-        kv_by_layer = concatenate_kv(beginning, rest)
-        self.beginnings.add(ids, kv_by_layer)
-        return kv_by_layer
 
-    def _packed(self, ids: np.ndarray, start: int, beginning: KVByLayer | None) -> KVByLayer:
-        """Keys and values of tokens behind the virtual ones and a beginning."""
-        if not len(ids):
-            return {}
-        policy, device = self.policy, self.policy.device
-        positions = torch.arange(start, start + len(ids), device=device) + policy.method.virtual_tokens
-        context = self._virtual if beginning is None else concatenate_kv(self._virtual, beginning)
-        with policy.autocast():
-            inputs = policy.embed(torch.from_numpy(ids).to(device), None)
-            return policy.packed_kv(inputs, positions, (Segment(0, len(ids), None),), context)
+def _new_row(ids: Sequence[int], sampling: RowSampling) -> SlotRow:
+    return SlotRow(sampling, ids[-1], len(ids) - 1, torch.Generator().manual_seed(sampling.seed))
 
 
 def _buffer_shape(ends: Sequence[int]) -> tuple[int, int]:
     """Rows and slots with room for whole answers: buffers that grow with every block would be copied as often."""
     return len(ends), whole_blocks(max(ends))
-
-
-def _first(states: KeysValues, tokens: int) -> KeysValues:
-    key, value = (part[:, :, :tokens] for part in states)
-    return key, value
 
 
 def draw(logits_BV: Tensor, rows: Sequence[SlotRow]) -> list[DrawnToken]:

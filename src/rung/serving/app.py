@@ -177,7 +177,7 @@ def _prometheus(engine: Engine, files: Mapping[str, LlamaCppModel]) -> str:
         ("rung_requests_cancelled_total", "counter", totals["cancelled"]),
         ("rung_answers_total", "counter", totals["answers"]),
         ("rung_prompt_tokens_total", "counter", totals["prompt_tokens"]),
-        ("rung_prompt_tokens_shared_total", "counter", sum(b.shared_tokens for b in engine.batches.values())),
+        ("rung_prompt_tokens_shared_total", "counter", sum(b.encoder.shared_tokens for b in engine.batches.values())),
         ("rung_generated_tokens_total", "counter", totals["generated_tokens"]),
         ("rung_queue_seconds_total", "counter", totals["wait_seconds"]),
         ("rung_requests_waiting", "gauge", len(engine.waiting) + sum(file.waiting for file in files.values())),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rung.console import print_status
-from rung.models.slot_batch import DrawnToken, RowSampling, SlotBatch, SlotRow
+from rung.models.slot_batch import DrawnToken, JoiningPrompt, RowSampling, SlotBatch, SlotRow
 from rung.serving.answers import AnswerText, FinishReason
 from rung.serving.catalog import ServedModel
 
@@ -56,6 +56,11 @@ class Job:
     is_cancelled: bool = False
     running: int = 0
     """Answers that are being generated."""
+
+    @property
+    def joining(self) -> JoiningPrompt:
+        """The prompt as a batch takes it."""
+        return JoiningPrompt(self.prompt, self.samplings)
 
 
 @dataclass
@@ -173,38 +178,59 @@ class Engine:
 
     def _admit(self) -> None:
         """Let requests join in their order while there are rows and memory for them."""
-        while True:
-            with self._wake:
-                if not self.waiting or not self._has_room(self.waiting[0]):
-                    return
-                job = self.waiting.popleft()
-            if job.is_cancelled:
-                self.counters.cancelled += 1
-                continue
-            self.counters.wait_seconds += time.monotonic() - job.submitted
-            self.counters.prompt_tokens += len(job.prompt)
-            try:
-                self._join(job)
-            except Exception as error:  # one request must not end the others
-                self._fail(job, error)
-            if job.compute is not None:  # a long one stops everybody: the others go on between two of them
+        while taken := self._take():
+            for job in taken:
+                self.counters.wait_seconds += time.monotonic() - job.submitted
+                self.counters.prompt_tokens += len(job.prompt)
+            together = [job for job in taken if job.compute is None]
+            for name in dict.fromkeys(job.model for job in together):
+                self._join([job for job in together if job.model == name])
+            if len(together) < len(taken):  # a long one stops everybody: the others go on between two of them
+                self._join(taken[-1:])
                 return
 
-    def _has_room(self, job: Job) -> bool:
-        if not self._running or not job.samplings:
-            return True
-        fits = self.batches[job.model].cache_bytes(len(job.prompt), job.samplings) <= self.cache_bytes
-        return fits and len(self._running) + len(job.samplings) <= self.max_rows
+    def _take(self) -> list[Job]:
+        """The requests that join now: what comes together is encoded together."""
+        taken: list[Job] = []
+        with self._wake:
+            while self.waiting and self._has_room(self.waiting[0], taken):
+                job = self.waiting.popleft()
+                if job.is_cancelled:
+                    self.counters.cancelled += 1
+                    continue
+                taken.append(job)
+                if job.compute is not None:
+                    break
+        return taken
 
-    def _join(self, job: Job) -> None:
-        if job.compute is not None:
-            job.compute()
-        if not job.samplings:
-            job.on_chunk(Chunk(0, is_last=True))
+    def _has_room(self, job: Job, taken: Sequence[Job]) -> bool:
+        if not (self._running or taken) or not job.samplings:
+            return True
+        rows = len(self._running) + sum(len(other.samplings) for other in taken) + len(job.samplings)
+        joining = [other.joining for other in (*taken, job) if other.model == job.model and other.samplings]
+        return rows <= self.max_rows and self.batches[job.model].cache_bytes(joining) <= self.cache_bytes
+
+    def _join(self, jobs: Sequence[Job]) -> None:
+        """Let requests to one model join; where one of them fails, the others join without it."""
+        try:
+            for job in jobs:
+                if job.compute is not None:
+                    job.compute()
+            writing = [job for job in jobs if job.samplings]
+            joined = self.batches[jobs[0].model].join_all([job.joining for job in writing]) if writing else []
+        except Exception as error:  # one request must not end the others
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            for job in jobs:
+                self._join([job])
             return
-        rows = self.batches[job.model].join(job.prompt, job.samplings)
-        job.running = len(rows)
-        self._running |= {row: (job, index) for index, row in enumerate(rows)}
+        for job in jobs:
+            if not job.samplings:
+                job.on_chunk(Chunk(0, is_last=True))
+        for job, rows in zip(writing, joined, strict=True):
+            job.running = len(rows)
+            self._running |= {row: (job, index) for index, row in enumerate(rows)}
 
     def _step(self, name: str, batch: SlotBatch) -> None:
         try:
