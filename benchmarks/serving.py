@@ -81,7 +81,7 @@ class Load:
 async def put_load(url: str, model: str, clients: int, seconds: float, pid: int, headers: Mapping[str, str]) -> Load:
     """Let clients ask for so many seconds, and wait for the answers that they began."""
     load = Load()
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False, headers=headers) as http:
         start_time = time.perf_counter()
         deadline = start_time + seconds

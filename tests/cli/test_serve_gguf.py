@@ -185,6 +185,18 @@ def test_requests_that_are_none(port: tuple[int, LlamaCppModel]) -> None:
     assert port[1].is_alive and not port[1].running
 
 
+def test_many_clients_one_request_after_the_other(port: tuple[int, LlamaCppModel]) -> None:
+    """Each of its connections to llama.cpp is new: llama.cpp closes them at moments of its own."""
+    options: Any = {"model": "small", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+
+    def ask(_: int) -> str:
+        parts = client(port[0]).chat.completions.create(**options, stream=True)
+        return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ask, range(160)))) == 1
+
+
 def test_a_full_queue_and_clients_that_leave(file: Path) -> None:
     model = LlamaCppModel("small", file, **{**LIMITS, "max_rows": 1, "max_waiting": 1})
     with served(files={"small": model}) as (port, _):

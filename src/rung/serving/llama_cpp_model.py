@@ -91,7 +91,8 @@ class LlamaCppModel:
             base_url=self._process.url,
             headers={"authorization": f"Bearer {self._process.key}"},
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None),
+            # llama.cpp closes connections at moments of its own: none is used twice
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
 
