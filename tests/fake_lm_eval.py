@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def main() -> None:
         sys.exit("Traceback: none\nValueError: Tasks not found: broken")
     if task == "silent":
         sys.exit(0)
+    if task == "endless":
+        Path(os.environ["NOTED"]).write_text(str(os.getpid()))
+        time.sleep(60)
     tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
     ids = tokenizer("what is in box 3?", add_special_tokens=False)["input_ids"]
     body = {"model": options["model"], "prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}

@@ -152,6 +152,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM is Ctrl-C, so that everything is cleaned up: by default it ends the process on the spot."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Inside, SIGINT and SIGTERM set a flag, so that the step can finish; a second signal stops at once.
 

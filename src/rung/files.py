@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -95,12 +95,12 @@ def recover_interrupted_writes(folder: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder of `write_folder`, or None."""
+def find_damage(folder: Path, but: Collection[str] = ()) -> str | None:
+    """What is wrong with a folder of `write_folder`, or None; files of `but` are not looked at."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, expected_digest in files.items():
-            if _sha256(folder / name) != expected_digest:
+            if name not in but and _sha256(folder / name) != expected_digest:
                 return f"{name} is not what its manifest says"
     # a damaged manifest may be any JSON value, or none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,10 +108,10 @@ def find_damage(folder: Path) -> str | None:
     return None if files else "its manifest lists no files"
 
 
-def require_undamaged(folder: Path) -> None:
-    """Raise `CheckpointError` where a folder of `write_folder` is damaged."""
-    if problem := find_damage(folder):
-        raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint="train it again")
+def require_undamaged(folder: Path, *, but: Collection[str] = (), hint: str = "train it again") -> None:
+    """Raise `CheckpointError` where a folder of `write_folder` is damaged; `but`: files that may have been edited."""
+    if problem := find_damage(folder, but):
+        raise CheckpointError(f"this folder is damaged: {problem}", where=str(folder), hint=hint)
 
 
 def _check_tensors(folder: Path) -> None:

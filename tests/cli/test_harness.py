@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 
 from conftest import CHATML
-from processes import inside
+from processes import inside, start
 from rung.commands.evaluate import evaluation_task
 from rung.data.tokenize import tokenize_records
 from rung.runs.load import open_target
@@ -80,13 +82,21 @@ def test_scores_of_the_harness_stand_in_the_run_and_its_report(
     assert "Public tasks" in page and f"{scores['nats']['value']:.4f} ± 0.50" in page and "lower is better" in page
     # another task joins them, the same task replaces its scores
     code, out, err = inside(capsys, "eval", run, "--tasks", "other", "--limit", 3, "--shots", 0, "--chat-template")
-    assert code == 0 and "lm-evaluation-harness 9.9, at most 3 items" in out and "greedy (strict)" in out, err
+    assert code == 0 and "lm-evaluation-harness 9.9" in out and "greedy (strict)" in out, err
+    assert "7 (--limit 3)" in out and "chat turns" in out
     told = json.loads(noted.read_text())["arguments"]
     assert told[told.index("--limit") + 1] == "3" and told[told.index("--num_fewshot") + 1] == "0"
     assert told[-1] == "--apply_chat_template"
     assert inside(capsys, "eval", run, "--tasks", "mine")[0] == 0
     stored = json.loads((run / "run.json").read_text())["harness"]
     assert sorted({score["task"] for score in stored}) == ["mine", "other"] and len(stored) == 4
+    assert {score["task"]: score["limit"] for score in stored} == {"mine": None, "other": 3}
+    # asked in another form it is another score
+    assert inside(capsys, "eval", run, "--tasks", "mine", "--chat-template")[0] == 0
+    stored = json.loads((run / "run.json").read_text())["harness"]
+    assert len(stored) == 6 and {score["harness_version"] for score in stored} == {"9.9"}
+    page = (run / "report.html").read_text()
+    assert "chat turns" in page and "plain text" in page and "7 (--limit 3)" in page
 
 
 def harness_nats(model: Any, ids: list[int]) -> tuple[float, int]:
@@ -119,6 +129,23 @@ def test_what_goes_wrong(run: Path, noted: Path, tmp_path: Path, capsys: Any, mo
     assert "harness" not in json.loads((run / "run.json").read_text())
     monkeypatch.setenv("PATH", "/nowhere")
     assert "rung[harness]" in refused(run, "--tasks", "x")
+
+
+def test_a_signal_ends_the_harness_too(run: Path, noted: Path, tmp_path: Path) -> None:
+    """It would go on asking for nobody, and its folder would stay."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        noted.unlink(missing_ok=True)
+        # an environment of its own has the harness: here it is hidden from the process as in the other tests
+        running = start("eval", run, "--tasks", "endless", TMPDIR=str(tmp_path))
+        while not noted.exists() and running.poll() is None:
+            time.sleep(0.02)
+        harness_pid = int(noted.read_text())
+        running.send_signal(number)
+        _, err = running.communicate(timeout=30)
+        assert running.returncode == 130 and "Traceback" not in err, err
+        with pytest.raises(ProcessLookupError):
+            os.kill(harness_pid, 0)
+        assert not list(tmp_path.glob("rung-harness-*"))
 
 
 @pytest.mark.soak

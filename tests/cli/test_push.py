@@ -167,7 +167,8 @@ def test_a_run_goes_to_the_hub(run: Path, tmp_path: Path, hub: Hub, capsys: Any)
     assert not [name for name, content in hub.files.items() if str(tmp_path).encode() in content]
     card = hub.files["README.md"].decode()
     assert card == result["card"] and front_of(card)["model-index"][0]["results"] and "# name\n" in card
-    assert "tiny-llama" in card and "is no repository of the hub" in result["notes"][0]
+    assert "is no repository of the hub" in result["notes"][0] and "is no repository of the hub" in card
+    assert "from_pretrained('\"'\"'path/to/tiny-llama'\"'\"')" in card
     assert result["commit"] == "a" * 40 and result["url"].endswith("owner/name")
     # a second push leaves what others put there, and says so
     hub.files["picture.png"] = b"x"
@@ -192,6 +193,20 @@ def test_the_base_by_its_name_on_the_hub(run: Path, hub: Hub, monkeypatch: Any) 
     assert "vllm serve someone/tiny --enable-lora --lora-modules name=owner/name" in result.card
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
     assert json.loads(hub.files["rung.json"])["base"] == "someone/tiny"
+
+
+def test_a_card_that_its_author_edited(run: Path, tmp_path: Path, hub: Hub, capsys: Any) -> None:
+    assert inside(capsys, "export", run, tmp_path / "out", "--as", "merged")[0] == 0
+    card = tmp_path / "out/README.md"
+    text = card.read_text().replace("## Use\n", "## Limits\n\nFruit alone.\n\n## Use\n\nWith care:\n")
+    card.write_text(text.replace("## License", "## Thanks\n\nTo all.\n\n## License"))
+    code, _, err = inside(capsys, "push", tmp_path / "out", "owner/name")
+    sent = hub.files["README.md"].decode()
+    assert code == 0 and "Fruit alone." in sent and "With care:" in sent and "To all." in sent, err
+    assert "vllm serve owner/name" in sent and str(tmp_path) not in sent and sent.count("## License") == 1
+    (tmp_path / "out/model.safetensors").write_bytes(b"x")
+    code, _, err = inside(capsys, "push", tmp_path / "out", "owner/name")
+    assert code == 3 and "export it again" in err
 
 
 @pytest.mark.parametrize("kind", ["gguf", "vllm", "merged"])
@@ -229,7 +244,7 @@ def test_a_full_run_and_an_adapter_that_only_rung_registers(config: Path, tmp_pa
 
 
 def test_what_is_refused(run: Path, tmp_path: Path, config: Path, hub: Hub, capsys: Any, monkeypatch: Any) -> None:
-    for name in ("name", "a/b/c", "owner/na me", "../x", "owner/x--y"):
+    for name in ("name", "a/b/c", "owner/na me", "../x", "owner/x--y", "me/x-", "me/x.git", "a/x.", f"a/{'x' * 120}"):
         code, _, err = inside(capsys, "push", run, name)
         assert code == 2 and "no name of a repository" in err
     for target in (tmp_path, tmp_path / "nowhere", "smollm2-135m", "http://localhost:1/v1"):

@@ -8,7 +8,6 @@ and `rung.push` call `push`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.training.run_folder import read_json
 
 CARD = "README.md"
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 ONLY_RUNG = ("RUNG_TASKS", "RUNG_P_TUNING")
 """Adapters that no other tool can load."""
 
@@ -53,8 +51,7 @@ def push(target: str | Path, repository: str, request: PushRequest | None = None
     that is not finished or damaged, `PlanError` for a run that nobody else could load, and where the hub refuses.
     """
     request, path = request or PushRequest(), Path(target)
-    if not REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
-        raise ConfigError("this is no name of a repository", given=repository, allowed="OWNER/NAME")
+    _require_name(repository)
     refuse_climb(target)
     files, notes = _run_files(path, repository) if target_kind(target) == "run" else _export_files(path, repository)
     card = files[CARD]
@@ -66,6 +63,19 @@ def push(target: str | Path, repository: str, request: PushRequest | None = None
         return result
     with status(f"sending {len(files)} files to {repository}"), _hub_errors(repository):
         return _send(files, request, result)
+
+
+def _require_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+        is_name = repository.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise ConfigError("this is no name of a repository", given=repository, allowed="OWNER/NAME")
 
 
 Files = dict[str, Path | bytes]
@@ -84,15 +94,15 @@ def _run_files(run: Path, repository: str) -> tuple[Files, list[str]]:
     name = settings.student_of or settings.name
     base = public_name(name)
     files: Files = {p.name: p for p in artifact.iterdir() if p.is_file() and p.name not in (MANIFEST, CARD)}
-    kind = None
+    kind = lack = None
     if artifact.name == "adapter":
         if is_reward:
             hint = "a reward model of method: {kind: full} is one that transformers loads"
             raise PlanError("no other tool loads the score of a reward model's adapter", where=str(run), hint=hint)
         kind = _require_loadable(run, artifact, settings)
         if not is_hub_id(base):
-            summary = f"the base {base} is no repository of the hub, and others need it for the adapter"
-            notes.append(f"{summary}: rung export {run} FOLDER --as merged has both")
+            lack = f"the base {base} is no repository of the hub, and others need it for the adapter"
+            notes.append(f"{lack}: rung export {run} FOLDER --as merged has both")
         files[CONFIG] = _replaced(artifact / CONFIG, base_model_name_or_path=base)
     if (artifact / ORIGIN_FILE).exists():
         files[ORIGIN_FILE] = _replaced(artifact / ORIGIN_FILE, base=base)
@@ -104,6 +114,7 @@ def _run_files(run: Path, repository: str) -> tuple[Files, list[str]]:
         base=name,
         manifest=manifest,
         commands=hub_commands(repository, sorted(files), base=base, peft_type=kind, gives_scores=is_reward),
+        notes=[] if lack is None else [f"{lack[0].upper()}{lack[1:]}."],
         base_license=None if folder is None else card_license(folder / CARD),
     )
     files[CARD] = model_card(facts).encode()
@@ -127,7 +138,8 @@ def _export_files(folder: Path, repository: str) -> tuple[Files, list[str]]:
     if not (folder / MANIFEST).is_file() or not (folder / CARD).is_file():
         hint = "a run folder, or what rung export wrote"
         raise ConfigError("this is neither a run nor an export", given=str(folder), allowed=hint)
-    require_undamaged(folder)
+    # the card is there to be edited
+    require_undamaged(folder, but=(CARD,), hint="export it again")
     names = {*read_json(folder / MANIFEST)["files"], CARD} - {MANIFEST}
     files: Files = {name: folder / name for name in names}
     base, kind = None, None

@@ -3,12 +3,14 @@
 ggml ends its process at an error, which neither an export nor a server may be ended by. The package xllamacpp holds the
 server; `llama_cpp_server.py` is the script that starts it. It listens on this machine alone, behind a key that only
 this process knows: other users of the machine and pages in a browser must not reach it. `llama_cpp.py` compares runs
-with it, and `serving/llama_cpp.py` serves files through it.
+with it, and
+`serving/llama_cpp_model.py` serves files through it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+_TIME_AND_LEVEL = re.compile(r"^[\d.]+ [A-Z] ")
 STOP_SECONDS = 10.0
 """Longest wait for the process to end by itself."""
 
@@ -44,6 +47,8 @@ class LlamaCppOptions:
     """Keys and values in float32 and no flash attention, to be compared with; else as people run it."""
     computes_embeddings: bool = False
     """For an encoder, which writes nothing."""
+    kept_bytes: int = 0
+    """Memory for the keys and values of earlier prompts, beside those of the slots."""
 
 
 class LlamaCppProcess:
@@ -87,7 +92,7 @@ class LlamaCppProcess:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         reasons = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or lines[-1:]
-        return " ".join(reasons[:1])
+        return _TIME_AND_LEVEL.sub("", " ".join(reasons[:1]))
 
     def _read_address(self) -> tuple[str, str]:
         # llama.cpp may write lines of its own there

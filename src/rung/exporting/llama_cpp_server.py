@@ -26,6 +26,7 @@ def main() -> None:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_gpu_layers = 0
+    params.cache_ram_mib = options["kept_bytes"] // 2**20  # 8 GiB by default
     params.swa_full = True
     params.warmup = params.ui = params.fit_params = False
     params.offline = params.use_jinja = params.endpoint_props = True

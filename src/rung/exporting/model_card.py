@@ -71,8 +71,11 @@ def hub_commands(
 ) -> list[str]:
     """How the files of a repository are used from there, by what they are.
 
-    `base` is that of an adapter, and `peft_type` the kind of the adapter.
+    `base` is that of an adapter, and `peft_type` the kind of the adapter. A base that is no repository has the place of
+    a folder, which whoever uses the command has to know.
     """
+    if base is not None and not is_hub_id(base):
+        base = f"path/to/{base}"
     name = repository.partition("/")[2]
     if gguf := [file for file in files if file.endswith(".gguf")]:
         if gguf[0].endswith(ADAPTER_ENDING):
@@ -105,10 +108,11 @@ def with_commands(card: str, title: str, commands: Sequence[str]) -> str:
     """A card with other commands, and the title of a repository."""
     name = title.partition("/")[2]
     head, _, rest = card.partition("\n# ")
-    body = rest.partition("\n")[2]
-    before, _, after = body.partition("## Use\n")
-    license = after.partition("## License\n")[2]
-    return f"{head}\n# {name}\n{before}{_use(commands)}\n\n## License\n{license}"
+    before, use, after = rest.partition("\n")[2].partition("## Use\n")
+    if use:  # what an author wrote around the commands stays
+        lead, _, rest = after.partition("```bash\n")
+        before += f"{use}{lead}```bash\n" + "\n".join(commands) + "\n```" + rest.partition("\n```")[2]
+    return f"{head}\n# {name}\n{before}"
 
 
 def _use(commands: Sequence[str]) -> str:

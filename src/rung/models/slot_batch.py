@@ -187,7 +187,7 @@ def _new_row(ids: Sequence[int], sampling: RowSampling) -> SlotRow:
 
 def _buffer_shape(ends: Sequence[int]) -> tuple[int, int]:
     """Rows and slots with room for whole answers: buffers that grow with every block would be copied as often."""
-    return len(ends), whole_blocks(max(ends))
+    return len(ends), whole_blocks(max(ends, default=0))
 
 
 def draw(logits_BV: Tensor, rows: Sequence[SlotRow]) -> list[DrawnToken]:

@@ -429,13 +429,16 @@ def _gain(estimate: Estimate | None, digits: int, corrected: float | None, *, lo
 
 
 def harness_rows(scores: Sequence[HarnessScore]) -> list[tuple[str, ...]]:
-    """Task, metric, score with its standard error, items and worked examples, a row each."""
-    rows = []
+    """Task, metric, score with its standard error, items, worked examples and form of the prompts, a row each."""
+    rows: list[tuple[str, ...]] = []
     for score in scores:
         metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
         if score.higher_is_better is False:
             metric += ", lower is better"
         error = "" if score.standard_error is None else f" ± {format_significant(score.standard_error)}"
-        numbers = ("" if number is None else f"{number:,}" for number in (score.examples, score.shots))
-        rows.append((score.task, metric, f"{score.value:.4f}{error}", *numbers))
+        items = "" if score.examples is None else f"{score.examples:,}"
+        items += "" if score.limit is None else f" (--limit {score.limit:,})"
+        shots = "" if score.shots is None else f"{score.shots:,}"
+        form = "chat turns" if score.uses_chat_template else "plain text"
+        rows.append((score.task, metric, f"{score.value:.4f}{error}", items.strip(), shots, form))
     return rows

@@ -231,12 +231,11 @@ def score_lines(result: EvaluationResult) -> list[str]:
 
 def harness_lines(result: HarnessResult) -> list[str]:
     """Scores of lm-evaluation-harness with their standard errors."""
-    table = empty_table(("task", "metric", "score", "items", "shots"), gap=2)
+    table = empty_table(("task", "metric", "score", "items", "shots", "prompts"), gap=2)
     for row in summaries.harness_rows(result.scores):
         add_text_row(table, *row)
-    items = "" if result.limit is None else f", at most {result.limit:,} items of each task"
-    turns = ", prompts as turns of the chat template" if result.uses_chat_template else ""
-    head = f"{result.target}: lm-evaluation-harness {result.version}{items}{turns}; standard errors are the harness's"
+    version = result.scores[0].harness_version
+    head = f"{result.target}: lm-evaluation-harness {version}; standard errors are the harness's"
     return ["", head, *render_lines(lambda _: [table])]
 
 

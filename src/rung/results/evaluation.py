@@ -71,7 +71,12 @@ class HarnessScore(Result):
     examples: int | None = None
     shots: int | None = None
     """Worked examples in a prompt."""
+    uses_chat_template: bool = False
+    """Whether prompts were turns of a conversation."""
+    limit: int | None = None
+    """Items of each task at most, where `--limit` was given."""
     task_version: str = ""
+    harness_version: str = ""
     higher_is_better: bool | None = None
 
 
@@ -80,11 +85,6 @@ class HarnessResult(Result):
 
     target: str
     scores: tuple[HarnessScore, ...]
-    version: str
-    """Of the harness."""
-    uses_chat_template: bool = False
-    limit: int | None = None
-    """Items of each task, where not all were asked."""
     seconds: float = 0.0
 
 

@@ -103,8 +103,8 @@ class Handlers:
         return JSONResponse(_card(name))
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 while the engine's thread and every llama.cpp are alive."""
-        is_alive = self.engine.is_alive and all(file.is_alive for file in self.files.values())
+        """GET /health: 200 while the engine computes and every llama.cpp answers."""
+        is_alive = self.engine.is_alive and all([await file.is_well() for file in self.files.values()])
         return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -155,13 +155,17 @@ async def _read(request: Request, kind: type[Parsed]) -> Parsed:
         raise RequestError("the body is no JSON object")
     try:
         # clients send null for what they leave out
-        return kind.model_validate({name: value for name, value in data.items() if value is not None})
+        parsed = kind.model_validate({name: value for name, value in data.items() if value is not None})
+        json.dumps(data, allow_nan=False)
+        return parsed
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
+    except ValueError:
+        raise RequestError("a number in the body is not finite") from None
 
 
 def _card(name: str) -> dict[str, Any]:

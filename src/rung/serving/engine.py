@@ -1,5 +1,8 @@
 """The one thread that computes: requests join the batch of their model, and every step gives each of them a token.
 
+It should be the thread that loaded the models: OpenMP keeps a team of threads for every thread that computes, and with
+two teams on one processor's cores they sleep at every wait (54 ms a step in place of 40; `models/threads.py`).
+
 Requests wait in a queue of bounded length, since a client that waits for minutes has given up; a full queue refuses.
 Models take turns, a step each. A client that leaves frees its rows at the next step. Results go to callbacks, which the
 engine calls in its own thread: they must not block. `serving/app.py` submits requests.
@@ -11,12 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rung.console import print_status
 from rung.models.slot_batch import DrawnToken, JoiningPrompt, RowSampling, SlotBatch, SlotRow
 from rung.serving.answers import AnswerText, FinishReason
 from rung.serving.catalog import ServedModel
+
+T = TypeVar("T")
 
 
 class QueueFullError(Exception):
@@ -98,19 +105,46 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self._running: dict[SlotRow, tuple[Job, int]] = {}
         self._wake = threading.Condition()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._is_stopping, self._is_running = False, False
+        self._thread: threading.Thread | None = None
+
+    def compute_during(self, work: Callable[[], T]) -> T:
+        """Compute in this thread while `work` runs in another; its result, once what it submitted is finished.
+
+        Requests may be submitted from the start of `work` on.
+        """
+        done = Future[T]()
+
+        def call() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+            finally:
+                self._refuse_more()
+
+        self._is_running = True
+        other = threading.Thread(target=call, name="requests", daemon=True)
+        other.start()
+        self._run()
+        return done.result()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Compute in a thread of its own, until `stop`."""
+        self._is_running = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what was submitted, then end; new requests are refused."""
+        """Finish what was submitted, then end the thread of `start`; new requests are refused."""
+        self._refuse_more()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _refuse_more(self) -> None:
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
-        self._thread.join()
 
     @property
     def active_rows(self) -> int:
@@ -119,13 +153,13 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread computes."""
-        return self._thread.is_alive()
+        """Whether a thread computes."""
+        return self._is_running
 
     def submit(self, job: Job) -> None:
         """Queue a request. Raises `QueueFullError` or `StoppedError`."""
         with self._wake:
-            if self._is_stopping or not self._thread.is_alive():
+            if self._is_stopping or not self._is_running:
                 raise StoppedError
             if len(self.waiting) >= self.max_waiting:
                 self.counters.refused += 1
@@ -154,9 +188,11 @@ class Engine:
                 jobs = [*self.waiting, *(job for job, _ in self._running.values())]
                 self.waiting.clear()
                 self._running.clear()
+                self._is_running = False
             for job in dict.fromkeys(jobs):
                 self._fail(job, error)
             raise
+        self._is_running = False
 
     def _wait_for_work(self) -> bool:
         """Wait for requests; False once the server stops and nothing is left."""
@@ -206,9 +242,13 @@ class Engine:
     def _has_room(self, job: Job, taken: Sequence[Job]) -> bool:
         if not (self._running or taken) or not job.samplings:
             return True
-        rows = len(self._running) + sum(len(other.samplings) for other in taken) + len(job.samplings)
-        joining = [other.joining for other in (*taken, job) if other.model == job.model and other.samplings]
-        return rows <= self.max_rows and self.batches[job.model].cache_bytes(joining) <= self.cache_bytes
+        writing = [other for other in (*taken, job) if other.samplings]
+        rows = len(self._running) + sum(len(other.samplings) for other in writing)
+        states = sum(
+            batch.cache_bytes([other.joining for other in writing if other.model == name])
+            for name, batch in self.batches.items()
+        )
+        return rows <= self.max_rows and states <= self.cache_bytes
 
     def _join(self, jobs: Sequence[Job]) -> None:
         """Let requests to one model join; where one of them fails, the others join without it."""

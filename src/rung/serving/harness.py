@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rung.console import print_status, status
+from rung.console import print_status, status, terminable
 from rung.errors import ConfigError, PlanError
 from rung.files import is_run_folder
 from rung.results.evaluation import HarnessResult, HarnessScore
@@ -79,13 +79,13 @@ def evaluate_tasks(target: str | Path, request: HarnessRequest) -> HarnessResult
     start_time = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="rung-harness-") as scratch:
         folder = Path(scratch)
-        with _served(target, key) as (port, engine):
+        with terminable(), _served(target, key) as (port, engine):
             chat, limit = engine.models[NAME].model.chat, engine.batches[NAME].max_tokens
             (folder / "tokenizer").mkdir()
             write_tokenizer_files(folder / "tokenizer", chat)
             options = _model_options(port, folder / "tokenizer", chat, limit)
             with status(f"lm-evaluation-harness asks {target}"):
-                _run_harness([*command, *_arguments(request, options, folder / "out")], key)
+                _run_harness([*command, *_arguments(request, options, folder / "out")], key, engine)
         result = _read_results(target, folder / "out", request)
     result = result.replace(seconds=time.perf_counter() - start_time)
     if is_run_folder(target):
@@ -117,7 +117,7 @@ def _harness_command() -> list[str]:
 
 @contextmanager
 def _served(target: str, key: str) -> Iterator[tuple[int, Engine]]:
-    """A server of the target in threads of this process: its port and its engine."""
+    """A server of the target in a thread of this process: its port, and its engine, which is to compute."""
     import uvicorn
 
     from rung.serving.app import make_app
@@ -163,7 +163,7 @@ def _arguments(request: HarnessRequest, options: str, output: Path) -> list[str]
     return [*arguments, "--apply_chat_template"] if request.uses_chat_template else arguments
 
 
-def _run_harness(command: Sequence[str], key: str) -> None:
+def _run_harness(command: Sequence[str], key: str, engine: Engine) -> None:
     """Run the harness, whose progress a terminal shows. Raises `PlanError` with its last words where it fails."""
     # it sends this key, and none that its user has for another server
     environment = {**os.environ, "OPENAI_API_KEY": key, "TOKENIZERS_PARALLELISM": "false"}
@@ -174,7 +174,7 @@ def _run_harness(command: Sequence[str], key: str) -> None:
             command, env=environment, stdout=log, stderr=None if shows_progress else log, stdin=subprocess.DEVNULL
         )
         try:
-            code = process.wait()
+            code = engine.compute_during(process.wait)
         except BaseException:
             process.terminate()
             process.wait()
@@ -195,19 +195,16 @@ def _read_results(target: str, output: Path, request: HarnessRequest) -> Harness
     if not files:
         raise PlanError("lm-evaluation-harness wrote no results", given=", ".join(request.tasks))
     found = json.loads(files[-1].read_text())
-    scores = [score for task in found["results"] for score in _scores(found, task)]
+    scores = [score for task in found["results"] for score in _scores(found, task, request)]
     if not scores:
         raise PlanError("these tasks have no scores", given=", ".join(request.tasks))
     return HarnessResult(
         target=target,
         scores=tuple(scores),
-        version=str(found.get("lm_eval_version", "unknown")),
-        uses_chat_template=request.uses_chat_template,
-        limit=request.limit,
     )
 
 
-def _scores(found: Mapping[str, Any], task: str) -> Iterator[HarnessScore]:
+def _scores(found: Mapping[str, Any], task: str, request: HarnessRequest) -> Iterator[HarnessScore]:
     """The scores of a task: its keys are `metric,filter`, and the standard error is `metric_stderr,filter`."""
     results = found["results"][task]
     for key, value in results.items():
@@ -219,6 +216,9 @@ def _scores(found: Mapping[str, Any], task: str) -> Iterator[HarnessScore]:
             task=task,
             metric=metric,
             filter=chosen,
+            uses_chat_template=request.uses_chat_template,
+            limit=request.limit,
+            harness_version=str(found.get("lm_eval_version", "unknown")),
             value=float(value),
             standard_error=float(error) if isinstance(error, int | float) else None,
             examples=found.get("n-samples", {}).get(task, {}).get("effective"),
@@ -229,11 +229,11 @@ def _scores(found: Mapping[str, Any], task: str) -> Iterator[HarnessScore]:
 
 
 def _store(run: Path, result: HarnessResult) -> None:
-    """Keep the scores in the run, by task, and write its report again."""
+    """Keep the scores in the run, by task and form of the prompts, and write its report again."""
     from rung.report.html import write_report
 
     manifest = read_manifest(run)
-    tasks = {score.task for score in result.scores}
-    kept = [score for score in manifest.get("harness", ()) if score["task"] not in tasks]
+    asked = {(score.task, score.uses_chat_template) for score in result.scores}
+    kept = [score for score in manifest.get("harness", ()) if (score["task"], score["uses_chat_template"]) not in asked]
     RunFolder(run, manifest).update(harness=[*kept, *(score.to_json() for score in result.scores)])
     write_report(run)

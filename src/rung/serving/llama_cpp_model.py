@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from rung.errors import PlanError
+from rung.errors import ConfigError, PlanError
 from rung.exporting.llama_cpp_process import LlamaCppError, LlamaCppOptions, LlamaCppProcess, is_installed
 from rung.models.slot_batch import RowSampling
 from rung.serving.engine import Counters
@@ -43,6 +43,7 @@ from rung.serving.protocol import (
     usage,
 )
 from rung.serving.running import queue_full_error, unless_client_leaves
+from rung.types import Message
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0
@@ -50,12 +51,47 @@ SEEDS = 2**32 - 1
 """llama.cpp's seeds; the next number would be a random one."""
 MIN_CONTEXT = 512
 """Tokens of a request below which a file is not served."""
+MAX_ROWS = 256
+"""llama.cpp's sequences."""
+MAX_SCHEMA_BYTES, MAX_TOOLS_BYTES = 16 * 2**10, 64 * 2**10
+"""A grammar is made of a schema, of 3,000 optional properties in minutes, and nobody else is answered meanwhile."""
+HEALTH_SECONDS = 5.0
+"""How long llama.cpp may take to say that it is well."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class LlamaCppFields(BaseModel):
-    """Fields of a request that llama.cpp follows and a run does not."""
+class PlainFormat(BaseModel):
+    """`response_format` of text, or of any JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object"]
+
+
+class JsonSchema(BaseModel):
+    """A schema with its name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str = "schema"
+    description: str | None = None
+    strict: bool | None = None
+    fields: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(BaseModel):
+    """`response_format` with a JSON schema, as OpenAI has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class CompletionFields(BaseModel):
+    """Fields of a plain completion that llama.cpp follows and a run does not."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -63,8 +99,20 @@ class LlamaCppFields(BaseModel):
     presence_penalty: Penalty | None = None
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
     min_p: Probability | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
+    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=1024)
+
+
+class ChatFields(BaseModel):
+    """The same of a chat completion."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    min_p: Probability | None = None
+    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=1024)
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tool_choice: Literal["auto", "none", "required"] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -73,15 +121,31 @@ class LlamaCppModel:
     """A GGUF file in llama.cpp. Raises `PlanError` where it is not installed, or does not load the file."""
 
     def __init__(
-        self, name: str, file: Path, *, max_rows: int, max_waiting: int, cache_bytes: int, threads: int
+        self,
+        name: str,
+        file: Path,
+        *,
+        max_rows: int,
+        max_waiting: int,
+        cache_bytes: int,
+        threads: int,
+        beginnings_bytes: int = 0,
     ) -> None:
         if not is_installed():
             raise PlanError("GGUF files are served by llama.cpp", where=str(file), hint="pip install 'rung[serve]'")
+        if max_rows > MAX_ROWS:
+            raise ConfigError("llama.cpp has no more rows", where="--rows", given=max_rows, allowed=f"up to {MAX_ROWS}")
         self.name, self.max_rows, self.max_waiting = name, max_rows, max_waiting
         self.counters, self.running = Counters(), 0
         self.facts = read_gguf_facts(file)
         self.context = _context(self.facts, file, max_rows, cache_bytes)
-        options = LlamaCppOptions(self.context * max_rows, threads, max_rows, computes_embeddings=self.facts.is_encoder)
+        options = LlamaCppOptions(
+            self.context * max_rows,
+            threads,
+            max_rows,
+            computes_embeddings=self.facts.is_encoder,
+            kept_bytes=beginnings_bytes,
+        )
         try:
             self._process = LlamaCppProcess(file, options)
         except LlamaCppError as error:
@@ -96,10 +160,13 @@ class LlamaCppModel:
             trust_env=False,
         )
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether llama.cpp runs."""
-        return self._process.is_alive
+    async def is_well(self) -> bool:
+        """Whether llama.cpp answers."""
+        try:
+            response = await self._client.get("/health", timeout=HEALTH_SECONDS)
+        except httpx2.HTTPError:
+            return False
+        return bool(response.status_code == httpx2.codes.OK)
 
     @property
     def waiting(self) -> int:
@@ -117,14 +184,16 @@ class LlamaCppModel:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._require_decoder()
-        extra = _followed(asked)
-        asked.turns()
-        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-        for message in messages:
-            message["role"] = "system" if message["role"] == "developer" else message["role"]
+        extra = self._followed(asked, ChatFields)
+        if extra.get("tool_choice") == "required" and not asked.tools:
+            raise RequestError("there are no `tools` of which one could be called", param="tool_choice")
+        _require_bounded(extra.get("response_format"), MAX_SCHEMA_BYTES, "response_format")
+        _require_bounded(asked.tools, MAX_TOOLS_BYTES, "tools")
+        messages = [_message(turn) for turn in asked.turns()]
         body: dict[str, Any] = {**extra, "messages": messages}
         if asked.tools:
             body["tools"] = asked.tools
+        await self._require_shown(body)
         if asked.logprobs:
             body |= {"logprobs": True, "top_logprobs": max(1, asked.shown_logprobs)}
         samplings = asked.samplings(asked.max_new_tokens or min(DEFAULT_MAX_TOKENS, self.context), 0)
@@ -134,7 +203,7 @@ class LlamaCppModel:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         self._require_decoder()
-        extra = _followed(asked)
+        extra = self._followed(asked, CompletionFields)
         if asked.echo:
             raise RequestError("llama.cpp has no echo, and no log-probabilities of a prompt", param="echo")
         max_tokens = asked.checked_max_tokens()
@@ -156,8 +225,10 @@ class LlamaCppModel:
         if not self.facts.is_encoder:
             raise no_embeddings_error()
         body = {"input": asked.texts(), "encoding_format": asked.encoding_format}
-        async with _Admitted(self, len(body["input"])):
+        async with _Admitted(self, len(body["input"])) as admitted:
             response = await unless_client_leaves(request, self._post("/v1/embeddings", body))
+            admitted.is_done = True
+        self.counters.answers += len(body["input"])
         self.counters.prompt_tokens += response["usage"]["prompt_tokens"]
         return JSONResponse({**response, "model": self.name})
 
@@ -174,8 +245,9 @@ class LlamaCppModel:
             raise RequestError(f"this server generates {self.max_rows} answers at once", param="n")
         if asked.stream:
             return await self._stream(request, asked, reply, path, bodies)
-        async with _Admitted(self, len(bodies)):
+        async with _Admitted(self, len(bodies)) as admitted:
             wholes = await unless_client_leaves(request, _all([self._post(path, body) for body in bodies]))
+            admitted.is_done = True
         shape = _shape(asked)
         choices = [shape(whole["choices"][0], 0) | {"index": i} for i, whole in enumerate(wholes)]
         counts = [_counts(whole) for whole in wholes]
@@ -194,15 +266,14 @@ class LlamaCppModel:
     ) -> Response:
         stack = AsyncExitStack()
         try:
-            await stack.enter_async_context(_Admitted(self, len(bodies)))
-
+            admitted = await stack.enter_async_context(_Admitted(self, len(bodies)))
             # an error comes before the status is sent
             beginnings = [self._begin(stack, path, body) for body in bodies]
             streams = await unless_client_leaves(request, _all(beginnings))
         except BaseException:
             await stack.aclose()
             raise
-        return _Relay(stack, self._events(streams, asked, reply))
+        return _Relay(stack, self._events(streams, asked, reply, admitted))
 
     async def _begin(self, stack: AsyncExitStack, path: str, body: Mapping[str, Any]) -> httpx2.Response:
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -215,23 +286,19 @@ class LlamaCppModel:
         return response
 
     async def _events(
-        self, streams: Sequence[httpx2.Response], asked: GenerationRequest, reply: Reply
+        self, streams: Sequence[httpx2.Response], asked: GenerationRequest, reply: Reply, admitted: _Admitted
     ) -> AsyncIterator[str]:
         """The parts of all answers as they come."""
-        parts = asyncio.Queue[tuple[int, dict[str, Any] | None]](maxsize=64)
-        counts = [(0, 0)] * len(streams)
-
-        async def read(index: int, stream: httpx2.Response) -> None:
-            async for line in stream.aiter_lines():
-                if line.startswith("data: {"):
-                    await parts.put((index, json.loads(line.removeprefix("data: "))))
-            await parts.put((index, None))
-
-        readers = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
-        left, places, shape = len(streams), [0] * len(streams), _shape(asked)
+        parts = asyncio.Queue[_Part](maxsize=64)
+        readers = [asyncio.create_task(_read_parts(i, stream, parts)) for i, stream in enumerate(streams)]
+        left, places, shape, counts = len(streams), [0] * len(streams), _shape(asked), [(0, 0)] * len(streams)
         try:
             while left:
-                index, part = await _first(parts, readers)
+                index, part = await parts.get()
+                if isinstance(part, Exception):
+                    admitted.is_done = True
+                    yield error_event(self._ended(part).message)
+                    return
                 if part is None:
                     left -= 1
                     continue
@@ -241,18 +308,46 @@ class LlamaCppModel:
                     sent = shape(choice, places[index]) | {"index": index}
                     places[index] += len(choice.get("text", ""))
                     yield json.dumps(reply.chunk([sent]))
+            admitted.is_done = True
             total = usage(counts[0][0], sum(answer for _, answer in counts))
             self._count(total, len(streams))
             if asked.include_usage:
                 yield json.dumps(reply.chunk([], total))
             yield DONE
-        except (httpx2.HTTPError, ValueError) as error:
-            yield error_event(self._ended(error).message)
         finally:
-            self.counters.cancelled += left > 0
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
+
+    def _followed(self, asked: GenerationRequest, fields: type[BaseModel]) -> dict[str, Any]:
+        """The fields that only llama.cpp follows. Raises `RequestError` for a field that nobody follows."""
+        asked.refuse_unknown(fields.model_fields)
+        try:
+            given = fields.model_validate(asked.model_extra or {})
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
+        found = given.model_dump(exclude_none=True, by_alias=True)
+        for token in found.get("logit_bias", ()):
+            if not (token.isdecimal() and len(token) < 10 and int(token) < self.facts.vocabulary):
+                summary = f"logit_bias: a key is the number of a token, below {self.facts.vocabulary}"
+                raise RequestError(summary, param="logit_bias")
+        return found
+
+    async def _require_shown(self, body: Mapping[str, Any]) -> None:
+        """Raise `RequestError` for tools, and calls of them, that the template of the file leaves out."""
+        messages = body["messages"]
+        without_calls = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+        # what is asked of the template: the messages, without their calls, and with tools that can be called
+        asked = [{"messages": messages}]
+        asked += [{"messages": without_calls}] if without_calls != messages else []
+        asked += [{"messages": messages, "tools": body["tools"]}] if body.get("tools") else []
+        if len(asked) == 1:
+            return
+        texts = [shown["prompt"] for shown in await _all([self._post("/apply-template", each) for each in asked])]
+        if texts[0] in texts[1:]:
+            raise RequestError("the chat template of this file shows no tools, or no calls of them", param="tools")
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         try:
@@ -276,18 +371,20 @@ class _Admitted:
     """Answers that are being computed or wait; as a context. Raises `RequestError` where too many wait."""
 
     def __init__(self, model: LlamaCppModel, answers: int) -> None:
-        self.model, self.answers = model, answers
+        self.model, self.answers, self.is_done = model, answers, False
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> _Admitted:
         if self.model.running and self.model.running + self.answers > self.model.max_rows + self.model.max_waiting:
             self.model.counters.refused += 1
             raise queue_full_error()
         self.model.counters.requests += 1
         self.model.running += self.answers
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.model.running -= self.answers
-        self.model.counters.cancelled += kind is not None and not issubclass(kind, RequestError)
+        was_refused = kind is not None and issubclass(kind, RequestError)
+        self.model.counters.cancelled += not self.is_done and not was_refused
 
 
 class _Relay(Response):
@@ -313,16 +410,18 @@ def _context(facts: GgufFacts, file: Path, rows: int, cache_bytes: int) -> int:
     return context
 
 
-def _followed(asked: GenerationRequest) -> dict[str, Any]:
-    """The fields that only llama.cpp follows. Raises `RequestError` for a field that nobody follows."""
-    asked.refuse_unknown(LlamaCppFields.model_fields)
-    try:
-        fields = LlamaCppFields.model_validate(asked.model_extra or {})
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
-    return fields.model_dump(exclude_none=True)
+def _message(turn: Message) -> dict[str, Any]:
+    """A turn as llama.cpp takes it, with its text as one."""
+    found: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.tool_calls:
+        found["tool_calls"] = json.loads(turn.tool_calls)
+    named = {"name": turn.name, "tool_call_id": turn.tool_call_id}
+    return found | {name: value for name, value in named.items() if value is not None}
+
+
+def _require_bounded(value: Any, limit: int, name: str) -> None:
+    if value and len(json.dumps(value)) > limit:
+        raise RequestError(f"{name} has more than {limit // 2**10} KiB", param=name)
 
 
 def _sampling(sampling: RowSampling, asked: GenerationRequest) -> dict[str, Any]:
@@ -352,14 +451,20 @@ def _shape(asked: GenerationRequest) -> Callable[[Mapping[str, Any], int], dict[
 
 
 def _chat_shape(shown: int, choice: Mapping[str, Any], start: int) -> dict[str, Any]:
-    logprobs = choice.get("logprobs")
-    if not logprobs:
-        return {**choice}
-    content = [
-        {key: entry[key] for key in ("token", "logprob", "bytes")} | {"top_logprobs": entry["top_logprobs"][:shown]}
-        for entry in logprobs["content"]
-    ]
-    return {**choice, "logprobs": {"content": content, "refusal": None}}
+    found = {**choice, "logprobs": None}
+    if "role" in choice.get("delta", {}) and choice["delta"].get("content") is None:
+        found["delta"] = {**choice["delta"], "content": ""}
+    if logprobs := choice.get("logprobs"):
+        content = [
+            {**_entry(entry), "top_logprobs": [_entry(top) for top in entry["top_logprobs"][:shown]]}
+            for entry in logprobs["content"]
+        ]
+        found["logprobs"] = {"content": content, "refusal": None}
+    return found
+
+
+def _entry(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: token[key] for key in ("token", "logprob", "bytes")}
 
 
 def _completion_shape(shown: int, choice: Mapping[str, Any], start: int) -> dict[str, Any]:
@@ -388,7 +493,13 @@ def _refused(body: bytes) -> RequestError:
         message, kind = str(error["message"]), error.get("type")
     except (ValueError, TypeError, KeyError):
         message, kind = "it gives no reason", None
-    code = "context_length_exceeded" if kind == "exceed_context_size_error" else None
+    if message.startswith("The model produced output"):  # a cut answer is not of its format either
+        summary = "the answer is not of the format that was asked for: it may have been cut at max_tokens"
+        return RequestError(summary, status=500)
+    is_too_long = kind == "exceed_context_size_error" or "physical batch size" in message
+    if is_too_long:  # its own advice is for who started it
+        message = message.partition(", try")[0].partition(". increase")[0]
+    code = "context_length_exceeded" if is_too_long else None
     return RequestError(f"llama.cpp refuses this request: {message}", code=code)
 
 
@@ -403,17 +514,16 @@ async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _first(
-    parts: asyncio.Queue[tuple[int, dict[str, Any] | None]], readers: Sequence[asyncio.Task[None]]
-) -> tuple[int, dict[str, Any] | None]:
-    """The next part. Raises what a reader failed with."""
-    waiter = asyncio.create_task(parts.get())
-    while True:
-        active = [reader for reader in readers if not reader.done()]
-        await asyncio.wait([waiter, *active], return_when=asyncio.FIRST_COMPLETED)
-        if waiter.done():
-            return waiter.result()
-        for reader in readers:
-            if reader.done() and (error := reader.exception()) is not None:
-                waiter.cancel()
-                raise error
+_Part = tuple[int, dict[str, Any] | Exception | None]
+"""Number of the answer, and a part of it, its end, or what ended it too early."""
+
+
+async def _read_parts(index: int, stream: httpx2.Response, parts: asyncio.Queue[_Part]) -> None:
+    try:
+        async for line in stream.aiter_lines():
+            if line.startswith("data: {"):
+                await parts.put((index, json.loads(line.removeprefix("data: "))))
+    except (httpx2.HTTPError, ValueError) as error:
+        await parts.put((index, error))
+    else:
+        await parts.put((index, None))

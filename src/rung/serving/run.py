@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rung.config.model import ComputeType
-from rung.console import print_status
+from rung.console import print_status, terminable
 from rung.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from rung.serving.engine import Engine
     from rung.serving.llama_cpp_model import LlamaCppModel
 
@@ -85,37 +88,56 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
     options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
     options |= {"log_level": "warning", "access_log": False, "h11_max_incomplete_event_size": HEADER_BYTES}
     options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
-    with opened(model_names(targets), request) as (engine, files):
+    with terminable(), opened(model_names(targets), request) as (engine, files):
         server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
         names = ", ".join([*engine.models, *files])
         print_status(f"serving {names} at http://{request.host}:{request.port}/v1")
-        server.run(sockets=[listening])
+        with _signals_end(server):
+            engine.compute_during(lambda: server.run(sockets=[listening]))
+
+
+@contextmanager
+def _signals_end(server: uvicorn.Server) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets the server finish what it began; the second one stops at once."""
+
+    def stop(number: int, frame: object) -> None:
+        if server.should_exit:
+            raise KeyboardInterrupt
+        server.should_exit = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[Engine, dict[str, LlamaCppModel]]]:
-    """The models by name, computing; the end of the context finishes what they began."""
+    """An engine of the models by name, which computes nothing yet, and the files in llama.cpp."""
     import torch
 
+    from rung.runs.load import target_kind
     from rung.serving.catalog import is_gguf_file, open_models
     from rung.serving.engine import Engine
     from rung.serving.llama_cpp_model import LlamaCppModel
 
-    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting, "cache_bytes": request.cache_bytes}
+    paths = {name: Path(target) for name, target in targets.items() if is_gguf_file(target)}
+    others = {name: target for name, target in targets.items() if name not in paths}
+    if request.dtype != "auto" and not any(target_kind(target) == "base" for target in others.values()):
+        raise ConfigError("no base is served, and runs and files have types of their own", where="--dtype")
+    # the memory is that of all: each file has a part of its own, as the models here together have
+    parts = len(paths) + bool(others)
+    limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting}
+    limits |= {"cache_bytes": request.cache_bytes // parts, "beginnings_bytes": request.beginnings_bytes // parts}
     with ExitStack() as stack:
         files = {}
-        for name, target in targets.items():
-            if is_gguf_file(target):
-                file = Path(target)
-                files[name] = LlamaCppModel(name, file, **limits, threads=torch.get_num_threads())
-                stack.callback(files[name].close)
-                print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
-        others = {name: target for name, target in targets.items() if name not in files}
-        models = open_models(others, request.dtype)
-        engine = Engine(models, **limits, beginnings_bytes=request.beginnings_bytes)
-        engine.start()
-        stack.callback(engine.stop)
-        yield engine, files
+        for name, path in paths.items():
+            files[name] = LlamaCppModel(name, path, **limits, threads=torch.get_num_threads())
+            stack.callback(files[name].close)
+            print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
+        yield Engine(open_models(others, request.dtype), **limits), files
 
 
 def listen(request: ServeRequest) -> socket.socket:
