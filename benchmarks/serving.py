@@ -49,7 +49,7 @@ class Load:
     first_token: list[float] = field(default_factory=list)
     """Seconds from a request to its first token, for each that was answered."""
     tokens: int = 0
-    """Of answers that began and ended within the time."""
+    """That came within the time."""
     refused: int = 0
     """Answers 429."""
     failed: list[str] = field(default_factory=list)
@@ -83,8 +83,7 @@ async def put_load(url: str, model: str, clients: int, seconds: float, pid: int,
     load = Load()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False, headers=headers) as http:
-        start_time = time.perf_counter()
-        deadline = start_time + seconds
+        deadline = time.perf_counter() + seconds
         askers = [asyncio.create_task(_client(http, url, model, i, deadline, load)) for i in range(clients)]
         watcher = asyncio.create_task(_watch(pid, load))
         try:
@@ -92,7 +91,7 @@ async def put_load(url: str, model: str, clients: int, seconds: float, pid: int,
                 await asyncio.gather(*askers)
         except TimeoutError:
             load.failed += ["not answered"] * sum(not asker.done() for asker in askers)
-        load.seconds = time.perf_counter() - start_time
+        load.seconds = seconds
         watcher.cancel()
         await asyncio.gather(*askers, watcher, return_exceptions=True)
     return load
@@ -103,7 +102,7 @@ async def _client(http: httpx2.AsyncClient, url: str, model: str, number: int, d
     while time.perf_counter() < deadline:
         body = {"model": model, "messages": [{"role": "user", "content": order.choice(QUESTIONS)}], "stream": True}
         body |= {"max_tokens": TOKENS, "temperature": 0}
-        begun, first, parts = time.perf_counter(), None, 0
+        begun, first = time.perf_counter(), None
         try:
             async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
                 if response.status_code == httpx2.codes.TOO_MANY_REQUESTS:
@@ -121,7 +120,8 @@ async def _client(http: httpx2.AsyncClient, url: str, model: str, number: int, d
                     part = json.loads(line.removeprefix("data: "))
                     choice = (part.get("choices") or [{}])[0]
                     if (choice.get("delta") or {}).get("content"):
-                        first, parts = first or time.perf_counter() - begun, parts + 1
+                        first = first or time.perf_counter() - begun
+                        load.tokens += time.perf_counter() < deadline
                     ended = ended or choice.get("finish_reason") is not None
         except httpx2.HTTPError as error:
             load.failed.append(type(error).__name__)
@@ -131,7 +131,6 @@ async def _client(http: httpx2.AsyncClient, url: str, model: str, number: int, d
             load.failed.append("a stream without an end")
         else:
             load.first_token.append(first if first is not None else time.perf_counter() - begun)
-            load.tokens += parts
 
 
 async def _watch(pid: int, load: Load) -> None:
@@ -307,7 +306,7 @@ def main() -> int:
     text = table(rows, (generated + again) / 2)
     print(text)
     if options.page:
-        replace_section(f"serving {machine_class(processor().instructions)}", text)
+        replace_section(f"serving {machine_class(processor()['instructions'])}", text)
     return 0
 
 
