@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import uvicorn
 from hypothesis import strategies as st
 
+from rung.cli import _exit_code
 from rung.serving.app import make_app
 from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
@@ -21,6 +23,18 @@ from rung.serving.llama_cpp_model import LlamaCppModel
 from rung.web.header_timeout import HeaderTimeoutProtocol
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def trained_run(folder: Path, base: Path, questions: Path) -> Path:
+    """A finished run that computes in float32, whatever the machine would choose."""
+    (folder / "run.yaml").write_text(
+        f"model: {{name: {base}, dtype: float32, matmul: onednn}}\n"
+        f"data: {{path: {questions}, test: 0.25}}\n"
+        "method: {kind: lora, rank: 4}\ntraining: {examples_per_step: 8, max_steps: 2}\n"
+        f"evaluation: {{metrics: [exact]}}\noutput: {folder / 'tiny'}\n"
+    )
+    assert _exit_code(["train", str(folder / "run.yaml")]) == 0
+    return folder / "tiny"
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from builders import example
 from processes import inside, start
-from rung.cli import _exit_code
 from rung.data.tokenize import tokenize_records
 from rung.models.packing import pack_separately
 from rung.models.slot_batch import SlotBatch
@@ -35,21 +34,12 @@ from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
 from rung.types import Message, Record, Source
 from rung.web import header_timeout
-from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served
+from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, questions: Path) -> Path:
-    """A finished run that computes in float32, whatever the machine would choose."""
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "run.yaml").write_text(
-        f"model: {{name: {tiny_base}, dtype: float32, matmul: onednn}}\n"
-        f"data: {{path: {questions}, test: 0.25}}\n"
-        "method: {kind: lora, rank: 4}\ntraining: {examples_per_step: 8, max_steps: 2}\n"
-        f"evaluation: {{metrics: [exact]}}\noutput: {folder / 'tiny'}\n"
-    )
-    assert _exit_code(["train", str(folder / "run.yaml")]) == 0
-    return folder / "tiny"
+    return trained_run(tmp_path_factory.mktemp("served"), tiny_base, questions)
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,12 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from models import tiny_model
 from processes import inside, start
 from rung import ExportRequest, GgufRequest, export
-from rung.cli import _exit_code
 from rung.exporting.llama_cpp_process import LlamaCppOptions
 from rung.runs.load import open_target
 from rung.serving import llama_cpp_model
 from rung.serving.gguf_facts import read_gguf_facts
 from rung.serving.llama_cpp_model import LlamaCppModel
-from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served
+from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run
 
 pytest.importorskip("xllamacpp")
 LIMITS: dict[str, Any] = {"max_rows": 4, "max_waiting": 8, "cache_bytes": 2**24, "threads": 1}
@@ -57,16 +56,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrained
 
 @pytest.fixture(scope="module")
 def run(letters: Path, questions: Path) -> Path:
-    """A run on it that computes in float32, whatever the machine would choose."""
-    folder = letters.parent
-    (folder / "run.yaml").write_text(
-        f"model: {{name: {letters}, dtype: float32, matmul: onednn}}\n"
-        f"data: {{path: {questions}, test: 0.25}}\n"
-        "method: {kind: lora, rank: 4}\ntraining: {examples_per_step: 8, max_steps: 2}\n"
-        f"evaluation: {{metrics: [exact]}}\noutput: {folder / 'run'}\n"
-    )
-    assert _exit_code(["train", str(folder / "run.yaml")]) == 0
-    return folder / "run"
+    return trained_run(letters.parent, letters, questions)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +83,7 @@ def port(file: Path, run: Path) -> Iterator[tuple[int, LlamaCppModel]]:
 def test_answers_are_those_of_the_model(port: tuple[int, LlamaCppModel], run: Path) -> None:
     """Greedy answers and their log-probabilities, whole and as a stream, of a file in float32 beside its base."""
     options: Any = {"messages": MESSAGES, "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
-    here = client(port[0]).chat.completions.create(model="run", **options)
+    here = client(port[0]).chat.completions.create(model="tiny", **options)
     there = client(port[0]).chat.completions.create(model="small", **options)
     assert there.model == "small" and there.choices[0].message.content.strip() == here.choices[0].message.content
     assert there.usage.model_dump() == here.usage.model_dump()
@@ -114,7 +104,7 @@ def test_completions(port: tuple[int, LlamaCppModel], run: Path) -> None:
     ids = open_target(run).chat.encode(["what is in box 3?"])[0]
     options: Any = {"temperature": 0, "max_tokens": 6, "logprobs": 2, "n": 2}
     for prompt in ("what is in box 3?", ids, ["what is in box 3?", "apples"]):
-        here = client(port[0]).completions.create(model="run", prompt=prompt, **options)
+        here = client(port[0]).completions.create(model="tiny", prompt=prompt, **options)
         there = client(port[0]).completions.create(model="small", prompt=prompt, **options)
         assert [c.text for c in there.choices] == [c.text for c in here.choices]
         assert [c.index for c in there.choices] == list(range(len(here.choices)))
@@ -199,22 +189,22 @@ def test_the_same_shape_as_a_run(port: tuple[int, LlamaCppModel]) -> None:
     parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "in box 3?"}]
     for content in ("hi", parts, None):
         bodies = {}
-        for name in ("run", "small"):
+        for name in ("tiny", "small"):
             message = {"role": "user", **({} if content is None else {"content": content})}
             body = {"model": name, "messages": [message], "max_tokens": 3, "temperature": 0}
             code, whole = post(port[0], "/v1/chat/completions", json.dumps(body).encode())
             assert code == 200, whole
             bodies[name] = whole
-        here, there = bodies["run"], bodies["small"]
+        here, there = bodies["tiny"], bodies["small"]
         assert here.keys() == there.keys() and here["usage"] == there["usage"]
         assert here["choices"][0].keys() == there["choices"][0].keys()
     options: Any = {"messages": MESSAGES, "max_tokens": 3, "temperature": 0, "logprobs": True, "top_logprobs": 1}
     streams = {}
-    for name in ("run", "small"):
+    for name in ("tiny", "small"):
         found = client(port[0]).chat.completions.create(model=name, **options, stream=True)
         streams[name] = [part.choices[0] for part in found if part.choices]
-    assert streams["run"][0].delta.content == streams["small"][0].delta.content == ""
-    first, second = (next(c for c in streams[name] if c.logprobs).logprobs.content[0] for name in ("run", "small"))
+    assert streams["tiny"][0].delta.content == streams["small"][0].delta.content == ""
+    first, second = (next(c for c in streams[name] if c.logprobs).logprobs.content[0] for name in ("tiny", "small"))
     assert first.to_dict().keys() == second.to_dict().keys()
     assert first.top_logprobs[0].to_dict().keys() == second.top_logprobs[0].to_dict().keys()
 

@@ -90,20 +90,8 @@ class SchemaFormat(BaseModel):
     json_schema: JsonSchema
 
 
-class CompletionFields(BaseModel):
-    """Fields of a plain completion that llama.cpp follows and a run does not."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
-    min_p: Probability | None = None
-    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=1024)
-
-
-class ChatFields(BaseModel):
-    """The same of a chat completion."""
+class LlamaCppFields(BaseModel):
+    """Fields of a request that llama.cpp follows and a run does not."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -115,6 +103,10 @@ class ChatFields(BaseModel):
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tool_choice: Literal["auto", "none", "required"] | None = None
     parallel_tool_calls: bool | None = None
+
+
+CHAT_FIELDS = frozenset(LlamaCppFields.model_fields)
+COMPLETION_FIELDS = CHAT_FIELDS - {"response_format", "tool_choice", "parallel_tool_calls"}
 
 
 class LlamaCppModel:
@@ -184,7 +176,7 @@ class LlamaCppModel:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._require_decoder()
-        extra = self._followed(asked, ChatFields)
+        extra = self._followed(asked, CHAT_FIELDS)
         if extra.get("tool_choice") == "required" and not asked.tools:
             raise RequestError("there are no `tools` of which one could be called", param="tool_choice")
         _require_bounded(extra.get("response_format"), MAX_SCHEMA_BYTES, "response_format")
@@ -203,7 +195,7 @@ class LlamaCppModel:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         self._require_decoder()
-        extra = self._followed(asked, CompletionFields)
+        extra = self._followed(asked, COMPLETION_FIELDS)
         if asked.echo:
             raise RequestError("llama.cpp has no echo, and no log-probabilities of a prompt", param="echo")
         max_tokens = asked.checked_max_tokens()
@@ -319,16 +311,17 @@ class LlamaCppModel:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    def _followed(self, asked: GenerationRequest, fields: type[BaseModel]) -> dict[str, Any]:
+    def _followed(self, asked: GenerationRequest, names: frozenset[str]) -> dict[str, Any]:
         """The fields that only llama.cpp follows. Raises `RequestError` for a field that nobody follows."""
-        asked.refuse_unknown(fields.model_fields)
+        asked.refuse_unknown(names)
+        given = {name: value for name, value in (asked.model_extra or {}).items() if name in names}
         try:
-            given = fields.model_validate(asked.model_extra or {})
+            fields = LlamaCppFields.model_validate(given)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
-        found = given.model_dump(exclude_none=True, by_alias=True)
+        found = fields.model_dump(exclude_none=True, by_alias=True)
         for token in found.get("logit_bias", ()):
             if not (token.isdecimal() and len(token) < 10 and int(token) < self.facts.vocabulary):
                 summary = f"logit_bias: a key is the number of a token, below {self.facts.vocabulary}"

@@ -242,7 +242,7 @@ class EmbeddingRequest(BaseModel):
 
 def no_scores_error() -> RequestError:
     """For /v1/score at a model that writes."""
-    return RequestError("this model writes answers: a reward model gives scores", param="model")
+    return RequestError("only a reward model gives scores", param="model")
 
 
 def no_embeddings_error() -> RequestError:
