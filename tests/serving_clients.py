@@ -20,6 +20,7 @@ from rung.serving.app import make_app
 from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
 from rung.serving.llama_cpp_model import LlamaCppModel
+from rung.serving.run import QUIET
 from rung.web.header_timeout import HeaderTimeoutProtocol
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -45,7 +46,7 @@ def served(
     options = {"max_rows": 8, "max_waiting": 64, "cache_bytes": 2**26, "beginnings_bytes": 2**24, **limits}
     engine = Engine(open_models(model_names([str(target) for target in targets])), **options)
     engine.start()
-    options_: dict[str, Any] = {"log_level": "error", "access_log": False, "http": HeaderTimeoutProtocol, "ws": "none"}
+    options_: dict[str, Any] = {**QUIET, "http": HeaderTimeoutProtocol, "ws": "none"}
     config = uvicorn.Config(make_app(engine, files, key), port=0, **options_)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -5,6 +5,7 @@ The tests run a program that asks the server as the harness does; `make soak` in
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -97,6 +98,18 @@ def test_scores_of_the_harness_stand_in_the_run_and_its_report(
     assert len(stored) == 6 and {score["harness_version"] for score in stored} == {"9.9"}
     page = (run / "report.html").read_text()
     assert "chat turns" in page and "plain text" in page and "7 (--limit 3)" in page
+
+
+def test_streams_of_other_libraries_stay_open(run: Path, noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """absl's handler, which rouge-score brings, closes its stream when a logging config replaces all handlers."""
+    from absl import logging as absl_logging
+
+    stream = io.StringIO()
+    handler = absl_logging.PythonHandler(stream)
+    harness.evaluate_tasks(run, harness.HarnessRequest(("mine",)))
+    assert not stream.closed
+    handler.close()
+    assert stream.closed
 
 
 def harness_nats(model: Any, ids: list[int]) -> tuple[float, int]:

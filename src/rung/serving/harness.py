@@ -31,7 +31,7 @@ from rung.files import is_run_folder
 from rung.results.evaluation import HarnessResult, HarnessScore
 from rung.runs.artifact import write_tokenizer_files
 from rung.runs.load import config_of_run, refuse_climb, target_kind
-from rung.serving.run import ServeRequest, listen, opened, require_installed
+from rung.serving.run import QUIET, ServeRequest, listen, opened, require_installed
 from rung.training.run_folder import RunFolder, read_manifest
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def _served(target: str, key: str) -> Iterator[tuple[int, Engine]]:
 
     request = ServeRequest(port=0, max_waiting=2**20)
     with listen(request) as listening, opened({NAME: target}, request) as (engine, _):
-        options: dict[str, Any] = {"log_level": "error", "access_log": False, "ws": "none"}
-        server = uvicorn.Server(uvicorn.Config(make_app(engine, key=key), **options))
+        server = uvicorn.Server(uvicorn.Config(make_app(engine, key=key), ws="none", **QUIET))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

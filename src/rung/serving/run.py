@@ -28,6 +28,9 @@ SHUTDOWN_SECONDS = 60
 HEADER_BYTES = 32 * 2**10
 KEEP_ALIVE_SECONDS = 30
 MAX_CONNECTIONS = 1000
+QUIET: dict[str, Any] = {"log_level": "warning", "access_log": False, "log_config": None}
+"""Warnings alone are logged. uvicorn's own logging config would close the handlers of all libraries, and absl's closes
+the stream that it writes to, which may be a notebook's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
     # streams that were begun are finished: by default sse-starlette would end them at SIGTERM
     AppStatus.enable_automatic_graceful_drain = False
     options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
-    options |= {"log_level": "warning", "access_log": False, "h11_max_incomplete_event_size": HEADER_BYTES}
+    options |= {**QUIET, "h11_max_incomplete_event_size": HEADER_BYTES}
     options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
     with terminable(), opened(model_names(targets), request) as (engine, files):
         server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
