@@ -49,7 +49,7 @@ class Load:
     first_token: list[float] = field(default_factory=list)
     """Seconds from a request to its first token, for each that was answered."""
     tokens: int = 0
-    """That came within the time."""
+    """Parts with text that came in time: tokens, except where a server joins several into one part."""
     refused: int = 0
     """Answers 429."""
     failed: list[str] = field(default_factory=list)
@@ -205,7 +205,7 @@ def llama_cpp_server(scratch: Path) -> Iterator[Server]:
     process = LlamaCppProcess(scratch / "gguf/gguf-f32.gguf", options)
     try:
         headers = {"authorization": f"Bearer {process.key}"}
-        yield Server(process.url, "gguf", process._process.pid, headers)
+        yield Server(process.url, "gguf", process.pid, headers)
     finally:
         process.close()
 

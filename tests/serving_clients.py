@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def trained_run(folder: Path, base: Path, questions: Path) -> Path:
     return folder / "tiny"
 
 
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Waits for a condition; a condition that never holds fails the test and does not stop the suite."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "the condition did not come to hold"
+        time.sleep(0.002)
+
+
 @contextmanager
 def served(
     *targets: object, key: str | None = None, files: dict[str, LlamaCppModel] | None = None, **limits: int
@@ -45,7 +53,10 @@ def served(
     """A server on a free port in a thread of this process."""
     options = {"max_rows": 8, "max_waiting": 64, "cache_bytes": 2**26, "beginnings_bytes": 2**24, **limits}
     engine = Engine(open_models(model_names([str(target) for target in targets])), **options)
-    engine.start()
+    closing = threading.Event()
+    computing = threading.Thread(target=engine.compute_during, args=(closing.wait,), daemon=True)
+    computing.start()
+    wait_until(lambda: engine.is_alive)
     options_: dict[str, Any] = {**QUIET, "http": HeaderTimeoutProtocol, "ws": "none"}
     config = uvicorn.Config(make_app(engine, files, key), port=0, **options_)
     server = uvicorn.Server(config)
@@ -59,7 +70,8 @@ def served(
         CLIENTS.pop(place).close()
     server.should_exit = True
     thread.join()
-    engine.stop()
+    closing.set()
+    computing.join()
     assert not engine.active_rows and not engine.waiting
 
 

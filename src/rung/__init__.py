@@ -78,7 +78,7 @@ _MODULES = {
     "results.base": ("Estimate", "GateResult"),
     "results.evaluation": (
         *("ComparisonResult", "EvaluationResult", "ForgettingComparison"),
-        *("GenerationResult", "MetricComparison"),
+        *("GenerationResult", "HarnessResult", "MetricComparison"),
     ),
     "results.exports": ("ExportResult", "ExportedFile", "FuseResult", "MergeResult", "PushResult"),
     "results.ladder": ("Ladder",),
@@ -88,6 +88,7 @@ _MODULES = {
     ),
     "results.training": ("RunResult",),
     "runs.load": ("LoadedRun", "load"),
+    "serving.harness": ("HarnessRequest", "evaluate_tasks"),
     "synth.run": ("synthesize",),
     "types": ("Message",),
 }

@@ -97,6 +97,7 @@ from rung.results.evaluation import ComparisonResult as ComparisonResult
 from rung.results.evaluation import EvaluationResult as EvaluationResult
 from rung.results.evaluation import ForgettingComparison as ForgettingComparison
 from rung.results.evaluation import GenerationResult as GenerationResult
+from rung.results.evaluation import HarnessResult as HarnessResult
 from rung.results.evaluation import MetricComparison as MetricComparison
 from rung.results.exports import ExportedFile as ExportedFile
 from rung.results.exports import ExportResult as ExportResult
@@ -114,6 +115,8 @@ from rung.results.synth import SynthResult as SynthResult
 from rung.results.training import RunResult as RunResult
 from rung.runs.load import LoadedRun as LoadedRun
 from rung.runs.load import load as load
+from rung.serving.harness import HarnessRequest as HarnessRequest
+from rung.serving.harness import evaluate_tasks as evaluate_tasks
 from rung.synth.run import synthesize as synthesize
 from rung.types import Message as Message
 

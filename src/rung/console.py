@@ -169,11 +169,14 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM set a flag, so that the step can finish; a second signal stops at once.
+def interruptible(
+    when: str = "after the current step or rollout", on_request: Callable[[], None] | None = None
+) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT and SIGTERM set a flag, so that what was begun can finish; a second signal stops at once.
 
-    Yields the function that reads the flag. Under a launcher one Ctrl-C arrives twice, from the terminal and from the
-    launcher; the second one is ignored for `DUPLICATE_SIGNAL_SECONDS`.
+    Yields the function that reads the flag. `when` tells the user when the program will stop; `on_request` is called
+    at the first signal, for code that cannot read the flag. Under a launcher one Ctrl-C arrives twice, from the
+    terminal and from the launcher; the second one is ignored for `DUPLICATE_SIGNAL_SECONDS`.
     """
     stop_requested = threading.Event()
     duplicate_seconds = DUPLICATE_SIGNAL_SECONDS if os.environ.get("RANK") else 0.0
@@ -191,7 +194,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             return
         first_time = time.monotonic()
         stop_requested.set()
-        print_status("stopping after the current step or rollout; press Ctrl-C again to stop at once")
+        print_status(f"stopping {when}; press Ctrl-C again to stop at once")
+        if on_request is not None:
+            on_request()
 
     previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -34,7 +34,7 @@ from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
 from rung.types import Message, Record, Source
 from rung.web import header_timeout
-from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run
+from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_request_that_fails_leaves_the_others_alone(run: Path, monkeypatch: py
             patch.setattr(Engine, "_admit", no_memory)
             with pytest.raises(openai.InternalServerError, match="MemoryError"):
                 client(port).chat.completions.create(**options)
-            engine._thread.join()
+            wait_until(lambda: not engine.is_alive)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             client(port).chat.completions.create(**options)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -297,8 +297,7 @@ def leave(port: int, path: str, body: dict[str, Any], engine: Engine, rows: int)
     connection = socket.create_connection(("127.0.0.1", port))
     connection.sendall(b"POST %b HTTP/1.1\r\nhost: localhost\r\n" % path.encode())
     connection.sendall(b"content-length: %d\r\n\r\n%b" % (len(data), data))
-    while engine.active_rows < rows:
-        time.sleep(0.002)
+    wait_until(lambda: engine.active_rows >= rows)
     connection.close()
     deadline = time.monotonic() + 20
     while (engine.active_rows or engine.waiting) and time.monotonic() < deadline:
@@ -389,8 +388,7 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_ba
             time.sleep(0.002)
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(lambda: client(port).chat.completions.create(**{**options, "max_tokens": 2}))
-            while not engine.waiting:
-                time.sleep(0.002)
+            wait_until(lambda: engine.waiting)
             with pytest.raises(openai.RateLimitError, match="too many requests") as error:
                 client(port).chat.completions.create(**options)
             assert error.value.response.headers["retry-after"] == "1"
@@ -401,8 +399,7 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_row(tiny_ba
         body = json.dumps(options).encode()
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
         connection.sendall(b"content-length: %d\r\n\r\n%b" % (len(body), body))
-        while not engine.active_rows:
-            time.sleep(0.002)
+        wait_until(lambda: engine.active_rows)
         connection.close()
         deadline = time.monotonic() + 20
         while engine.active_rows and time.monotonic() < deadline:

@@ -34,7 +34,7 @@ from rung.runs.load import open_target
 from rung.serving import llama_cpp_model
 from rung.serving.gguf_facts import read_gguf_facts
 from rung.serving.llama_cpp_model import LlamaCppModel
-from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run
+from serving_clients import MALFORMED, MESSAGES, NO_REQUESTS, client, post, served, trained_run, wait_until
 
 pytest.importorskip("xllamacpp")
 LIMITS: dict[str, Any] = {"max_rows": 4, "max_waiting": 8, "cache_bytes": 2**24, "threads": 1}
@@ -254,27 +254,28 @@ def test_a_full_queue_and_clients_that_leave(file: Path) -> None:
         options: Any = {"model": "small", "messages": MESSAGES, "max_tokens": 400, "seed": 1}
         code, answer = post(port, "/v1/chat/completions", json.dumps({**options, "messages": MESSAGES * 99}).encode())
         assert code == 400 and answer["error"]["code"] == "context_length_exceeded"
-        stream = client(port).chat.completions.create(**options, stream=True)
-        next(iter(stream))
-        os.kill(model._process._process.pid, signal.SIGSTOP)  # a tiny model would have answered by now
+        os.kill(model._process.pid, signal.SIGSTOP)  # a tiny model would have answered before the next client comes
+        leaves = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({**options, "stream": True})
+        leaves.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        wait_until(lambda: model.running)
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(lambda: client(port).chat.completions.create(**{**options, "max_tokens": 2}))
-            while not model.waiting:
-                time.sleep(0.002)
+            wait_until(lambda: model.waiting)
             for is_stream in (False, True):
                 with pytest.raises(openai.RateLimitError, match="too many requests"):
                     client(port).chat.completions.create(**options, stream=is_stream)
-            stream.close()
-            os.kill(model._process._process.pid, signal.SIGCONT)
+            leaves.close()
+            os.kill(model._process.pid, signal.SIGCONT)
             assert waits.result().choices[0].finish_reason == "length"
         assert model.counters.refused == 2 and model.counters.cancelled == 1 and not model.running
-        os.kill(model._process._process.pid, signal.SIGSTOP)
+        os.kill(model._process.pid, signal.SIGSTOP)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llama_cpp_model, "HEALTH_SECONDS", 0.3)
             assert health(port) == 503  # it hangs
-        os.kill(model._process._process.pid, signal.SIGCONT)
+        os.kill(model._process.pid, signal.SIGCONT)
         assert health(port) == 200
-        os.kill(model._process._process.pid, signal.SIGKILL)
+        os.kill(model._process.pid, signal.SIGKILL)
         for is_stream in (False, True):
             with pytest.raises(openai.InternalServerError, match="llama.cpp does not answer"):
                 client(port).chat.completions.create(**options, stream=is_stream)
@@ -304,7 +305,7 @@ def test_the_memory_of_llama_cpp_is_bounded(file: Path) -> None:
         for i in range(60):
             text = " ".join(str(i * 1000 + k) for k in range(60))
             client(port).completions.create(model="small", prompt=text, max_tokens=1)
-            sizes.append(resident(model._process._process.pid))
+            sizes.append(resident(model._process.pid))
     model.close()
     assert max(sizes[30:]) < max(sizes[5:30]) + 2**20
 

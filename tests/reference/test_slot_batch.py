@@ -12,7 +12,7 @@ from builders import greedy_by_transformers, policy_of, tuned
 from models import SHAPES, tiny_model
 from rung.models.policy import Policy
 from rung.models.prompt_cache import BeginningCache, PromptEncoder
-from rung.models.slot_batch import JoiningPrompt, RowSampling, SlotBatch, SlotRow, draw, nucleus
+from rung.models.slot_batch import RowSampling, SlotBatch, SlotPrompt, SlotRow, draw, nucleus
 
 PROMPTS = [[5, 6, 7, *range(40 + i, 40 + i + 3 * i)] for i in range(7)]
 BEGINNING = list(range(100, 140))
@@ -60,9 +60,9 @@ def test_prompts_that_come_together_are_encoded_together(shape: str, monkeypatch
     monkeypatch.setattr(PromptEncoder, "_packed", counted)
     batch, answers = SlotBatch(policy_of(model), beginnings_bytes=10**7), dict[SlotRow, list[int]]()
     prompts = [[*BEGINNING, *prompt] for prompt in PROMPTS] + [[9], [8, 7], PROMPTS[5], [*BEGINNING, *PROMPTS[6]]]
-    first = batch.join_all([JoiningPrompt(prompts[0], [RowSampling(6)] * 2)])
+    first = batch.join_all([SlotPrompt(prompts[0], [RowSampling(6)] * 2)])
     finish(batch, [first[0][0]], answers, steps=2)
-    joined = batch.join_all([JoiningPrompt(prompt, [RowSampling(6)]) for prompt in prompts])
+    joined = batch.join_all([SlotPrompt(prompt, [RowSampling(6)]) for prompt in prompts])
     finish(batch, [row for rows in joined for row in rows], answers)
     for prompt, rows in zip(prompts, joined, strict=True):
         assert answers[rows[0]] == greedy_by_transformers(model, prompt, 6, [])
@@ -76,19 +76,19 @@ def test_prompts_that_come_together_are_encoded_together(shape: str, monkeypatch
 
 def test_a_beginning_that_nobody_has_encoded_is_encoded_once() -> None:
     batch = SlotBatch(policy_of(tiny_model()), beginnings_bytes=10**7)
-    batch.join_all([JoiningPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
+    batch.join_all([SlotPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
     # the first is read whole but for its last token, of the others what follows that
     assert batch.encoder.encoded_tokens == len(BEGINNING) + 2 + sum(3 * i for i in range(7))
     # without room to keep anything each reads its own
     batch = SlotBatch(policy_of(tiny_model()))
-    batch.join_all([JoiningPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
+    batch.join_all([SlotPrompt([*BEGINNING, *prompt], [RowSampling(2)]) for prompt in PROMPTS])
     assert batch.encoder.shared_tokens == 0
 
 
 def test_a_prompt_that_does_not_fit_lets_none_of_its_company_join() -> None:
     batch = SlotBatch(policy_of(tiny_model()))
     with pytest.raises(ValueError, match="a prompt of"):
-        batch.join_all([JoiningPrompt(PROMPTS[2], [RowSampling(3)]), JoiningPrompt([5], [RowSampling(10**6)])])
+        batch.join_all([SlotPrompt(PROMPTS[2], [RowSampling(3)]), SlotPrompt([5], [RowSampling(10**6)])])
     assert not batch.rows and batch.encoder.encoded_tokens == 0
 
 

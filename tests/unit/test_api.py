@@ -14,7 +14,18 @@ import rung
 
 PUBLIC = {
     "functions": [
-        *("climb", "compare", "evaluate", "export", "fuse", "generate", "load", "load_config", "measure_forgetting"),
+        *(
+            "climb",
+            "compare",
+            "evaluate",
+            "evaluate_tasks",
+            "export",
+            "fuse",
+            "generate",
+            "load",
+            "load_config",
+            "measure_forgetting",
+        ),
         *("load_synth_config", "merge", "plan", "push", "synthesize", "train"),
     ],
     "config classes": [
@@ -41,13 +52,23 @@ PUBLIC = {
         *("RolloutConfig", "RunConfig", "RungConfig", "SearchConfig", "SftConfig", "TrainingConfig"),
         *("VerifierConfig", "VirtualTokenPositions", "WeightedPath"),
     ],
-    "requests": ["ExportRequest", "FusePlan", "GenerateRequest", "GgufRequest", "Message", "PushRequest", "Sampling"],
+    "requests": [
+        "ExportRequest",
+        "FusePlan",
+        "GenerateRequest",
+        "GgufRequest",
+        "HarnessRequest",
+        "Message",
+        "PushRequest",
+        "Sampling",
+    ],
     "results": [
         *("Advice", "ComparisonResult", "Estimate", "EvaluationResult", "ExportResult", "ExportedFile"),
         *("ForgettingComparison", "FuseResult"),
         *(
             "GateResult",
             "GenerationResult",
+            "HarnessResult",
             "Ladder",
             "LoadedRun",
             "MergeResult",

@@ -18,6 +18,7 @@ from rung.config.model_catalog import CATALOG
 from rung.config.run import RunConfig
 from rung.errors import CheckpointError, ConfigError, PlanError
 from rung.evaluation.evaluate import Evaluation
+from rung.exporting.commands import load_command
 from rung.exporting.model_card import CardFacts, model_card, public_name
 from rung.exporting.ollama import modelfile, read_frames
 from rung.exporting.quantization import require_writable
@@ -28,7 +29,7 @@ from rung.models.load import base_files
 from rung.planning.hub import is_hub_id
 from rung.results.exports import ExportedFile, ExportResult
 from rung.runs.load import config_of_run, refuse_climb, target_kind
-from rung.training.run_folder import is_climb, read_json, read_manifest
+from rung.training.run_folder import finished_artifact, is_climb, read_json, read_manifest
 
 TEMPLATE_FILE = "chat_template.jinja"
 """The name that transformers gives to the template of a tokenizer."""
@@ -135,9 +136,7 @@ def _require_served_as_adapter(source: ExportSource, where: str, hint: str) -> N
 
 def _require_exportable(target: str, config: RunConfig) -> None:
     """Raise `CheckpointError` or `PlanError` for a run that no other tool can serve, with what it can be used for."""
-    status, path = read_manifest(Path(target)).get("status"), Path(target)
-    if status != "finished" or not any((path / name).is_dir() for name in ("adapter", "model")):
-        raise CheckpointError(f"this run is not finished (status {status})", where=target, hint="rung train --resume")
+    finished_artifact(Path(target), read_manifest(Path(target)))
     if config.objective.kind == "reward":
         hint = "transformers loads its model/ folder for sequence classification; rung eval measures it"
         raise PlanError("a reward model gives scores and writes nothing", where=target, hint=hint)
@@ -196,7 +195,7 @@ def _gguf_commands(source: ExportSource, folder: Path, files: list[ExportedFile]
     return [
         f"llama-server -m {path}  # an OpenAI-compatible server",
         f"llama-cli -m {path}  # chat in the terminal",
-        _load_command(str(folder), gguf=smallest.file),
+        load_command(str(folder), gguf=smallest.file),
         f"rung export {target} {ollama} --as ollama --type {smallest.type}  # for Ollama, which reads no Jinja",
     ]
 
@@ -233,7 +232,7 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
         _require_served_as_adapter(source, "--as vllm", f"rung export {source.target} {folder} --as merged")
     path, name = shlex.quote(str(folder)), shlex.quote(_name(folder))
     if source.adapter is None:
-        commands = [f"vllm serve {path}  # an OpenAI-compatible server", _load_command(str(folder))]
+        commands = [f"vllm serve {path}  # an OpenAI-compatible server", load_command(str(folder))]
     else:
         rank = _largest_rank(source.adapter)
         base = _loadable_name(source)
@@ -241,7 +240,7 @@ def _write_vllm(source: ExportSource, folder: Path, manifest: dict[str, Any]) ->
         if (source.adapter / TEMPLATE_FILE).is_file():
             options += f" --chat-template {shlex.quote(str(folder / TEMPLATE_FILE))}"
         commands = [f"vllm serve {shlex.quote(base)} {options}  # ask for the model {name}"]
-        commands.append(_load_command(base, adapter=str(folder)))
+        commands.append(load_command(base, adapter=str(folder)))
     artifact = source.adapter or Path(source.target) / "model"
     require_undamaged(artifact)
     result = ExportResult(path=str(folder), kind="vllm", commands=tuple(commands))
@@ -277,22 +276,11 @@ def _loadable_name(source: ExportSource) -> str:
     return str(base_files(source.model_config) or name)
 
 
-def _load_command(model: str, adapter: str | None = None, gguf: str | None = None) -> str:
-    """How transformers loads a folder or a GGUF file in it, or peft an adapter on a model."""
-    file = "" if gguf is None else f", gguf_file={gguf!r}"
-    load = f"AutoModelForCausalLM.from_pretrained({model!r}{file})"
-    code, tool = f"from transformers import AutoModelForCausalLM; {load}", "transformers"
-    if adapter is not None:
-        load, tool = f"PeftModel.from_pretrained({load}, {adapter!r})", "peft"
-        code = f"from transformers import AutoModelForCausalLM; from peft import PeftModel; {load}"
-    return f"python -c {shlex.quote(code)}  # in {tool}"
-
-
 def _write_merged(source: ExportSource, folder: Path, manifest: dict[str, Any]) -> ExportResult:
     """A transformers folder: the merge of an adapter, or a copy of a run that is a whole model."""
     if source.config is None:
         raise ConfigError("a base has nothing to merge", where="--as merged", given=source.target)
-    commands = [_load_command(str(folder)), f"vllm serve {shlex.quote(str(folder))}  # an OpenAI-compatible server"]
+    commands = [load_command(str(folder)), f"vllm serve {shlex.quote(str(folder))}  # an OpenAI-compatible server"]
     result = ExportResult(path=str(folder), kind="merged", commands=tuple(commands))
     if source.adapter is None:
         model = Path(source.target) / "model"

@@ -33,6 +33,7 @@ from rung.errors import CheckpointError, ConfigError, GateError, PlanError, Rung
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, score_answers
 from rung.evaluation.prompting import PromptFormat
 from rung.exporting import llama_cpp_process
+from rung.exporting.commands import ADAPTER_ENDING
 from rung.exporting.gguf_file import GgufModel, WrittenFile, write_adapter
 from rung.exporting.gguf_layout import architecture_of, context_length
 from rung.exporting.gguf_vocabulary import GgufVocabulary, general_name, read_vocabulary
@@ -296,7 +297,7 @@ def _write_adapter(model: GgufModel, comparison: Comparison, folder: Path, name:
     if not model.weights.updates:
         summary = "only a plain LoRA is an adapter for llama.cpp"
         raise PlanError(summary, where="--adapter", hint="without --adapter the merged model is written")
-    written = write_adapter(folder / f"{name}-adapter.gguf", model.weights, model.config, model.facts)
+    written = write_adapter(folder / f"{name}{ADAPTER_ENDING}", model.weights, model.config, model.facts)
     if comparison.reference is None:
         return comparison.exported(written, "adapter")
     base = folder / ".base.gguf"

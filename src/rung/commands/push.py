@@ -8,17 +8,20 @@ and `rung.push` call `push`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rung.commands.export import manifest_with_scores
-from rung.config.model import ModelConfig
+from rung.config.run import RunConfig
 from rung.console import status
-from rung.errors import CheckpointError, ConfigError, PlanError
-from rung.exporting.model_card import CardFacts, hub_commands, model_card, public_name, with_commands
+from rung.errors import ConfigError, PlanError
+from rung.exporting.commands import hub_commands
+from rung.exporting.model_card import CardFacts, model_card, public_name, with_commands
 from rung.files import MANIFEST, require_undamaged
 from rung.methods.adapter_files import CONFIG
 from rung.models.license import card_license
@@ -27,7 +30,7 @@ from rung.planning.hub import hub_is_reachable, is_hub_id
 from rung.results.exports import PushedFile, PushResult
 from rung.runs.artifact import ORIGIN_FILE
 from rung.runs.load import config_of_run, refuse_climb, target_kind
-from rung.training.run_folder import read_json
+from rung.training.run_folder import finished_artifact, read_json
 
 CARD = "README.md"
 ONLY_RUNG = ("RUNG_TASKS", "RUNG_P_TUNING")
@@ -53,12 +56,10 @@ def push(target: str | Path, repository: str, request: PushRequest | None = None
     request, path = request or PushRequest(), Path(target)
     _require_name(repository)
     refuse_climb(target)
-    files, notes = _run_files(path, repository) if target_kind(target) == "run" else _export_files(path, repository)
-    card = files[CARD]
-    if isinstance(card, Path):
-        card = card.read_bytes()
+    files, card, notes = (_run_files if target_kind(target) == "run" else _export_files)(path, repository)
+    files[CARD] = card.encode()
     listed = tuple(PushedFile(name=name, bytes=_size(files[name])) for name in sorted(files))
-    result = PushResult(repository=repository, files=listed, card=card.decode(), notes=tuple(notes))
+    result = PushResult(repository=repository, files=listed, card=card, notes=tuple(notes))
     if request.is_dry_run:
         return result
     with status(f"sending {len(files)} files to {repository}"), _hub_errors(repository):
@@ -82,30 +83,23 @@ Files = dict[str, Path | bytes]
 """Contents by the name that they get there."""
 
 
-def _run_files(run: Path, repository: str) -> tuple[Files, list[str]]:
+def _run_files(run: Path, repository: str) -> tuple[Files, str, list[str]]:
+    """The files of a run but for the card, the card, and what to know of them."""
     manifest = manifest_with_scores(run)
-    artifact = next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
-    if manifest.get("status") != "finished" or artifact is None:
-        state = manifest.get("status")
-        raise CheckpointError(f"this run is not finished (status {state})", where=str(run), hint="rung train --resume")
+    artifact = finished_artifact(run, manifest)
     require_undamaged(artifact)
-    config, notes = config_of_run(run), list[str]()
+    config, notes, card_notes = config_of_run(run), list[str](), list[str]()
     settings, is_reward = config.model, config.objective.kind == "reward"
     name = settings.student_of or settings.name
     base = public_name(name)
-    files: Files = {p.name: p for p in artifact.iterdir() if p.is_file() and p.name not in (MANIFEST, CARD)}
-    kind = lack = None
+    files = {p.name: p for p in artifact.iterdir() if p.is_file() and p.name not in (MANIFEST, CARD)}
+    peft_type = None
     if artifact.name == "adapter":
-        if is_reward:
-            hint = "a reward model of method: {kind: full} is one that transformers loads"
-            raise PlanError("no other tool loads the score of a reward model's adapter", where=str(run), hint=hint)
-        kind = _require_loadable(run, artifact, settings)
+        peft_type = _require_loadable(run, artifact, config)
         if not is_hub_id(base):
-            lack = f"the base {base} is no repository of the hub, and others need it for the adapter"
-            notes.append(f"{lack}: rung export {run} FOLDER --as merged has both")
-        files[CONFIG] = _replaced(artifact / CONFIG, base_model_name_or_path=base)
-    if (artifact / ORIGIN_FILE).exists():
-        files[ORIGIN_FILE] = _replaced(artifact / ORIGIN_FILE, base=base)
+            summary = f"the base {base} is no repository of the hub, and others need it for the adapter"
+            notes.append(f"{summary}: rung export {run} FOLDER --as merged has both")
+            card_notes.append(f"T{summary[1:]}.")
     if "scores" not in manifest.get("metrics", {}):
         notes.append(f"the run has no scores to show: rung eval {run} measures them")
     folder = base_files(settings)
@@ -113,16 +107,19 @@ def _run_files(run: Path, repository: str) -> tuple[Files, list[str]]:
         title=repository.partition("/")[2],
         base=name,
         manifest=manifest,
-        commands=hub_commands(repository, sorted(files), base=base, peft_type=kind, gives_scores=is_reward),
-        notes=[] if lack is None else [f"{lack[0].upper()}{lack[1:]}."],
+        commands=hub_commands(repository, sorted(files), base=base, peft_type=peft_type, gives_scores=is_reward),
+        notes=card_notes,
         base_license=None if folder is None else card_license(folder / CARD),
     )
-    files[CARD] = model_card(facts).encode()
-    return files, notes
+    return _without_paths(files, base), model_card(facts), notes
 
 
-def _require_loadable(run: Path, adapter: Path, settings: ModelConfig) -> str:
+def _require_loadable(run: Path, adapter: Path, config: RunConfig) -> str:
     """The kind of an adapter. Raises `PlanError` for one that others cannot load."""
+    if config.objective.kind == "reward":
+        hint = "a reward model of method: {kind: full} is one that transformers loads"
+        raise PlanError("no other tool loads the score of a reward model's adapter", where=str(run), hint=hint)
+    settings = config.model
     kind = str(read_json(adapter / CONFIG).get("peft_type"))
     if kind in ONLY_RUNG:
         hint = "rung chat, rung generate and rung serve answer with it"
@@ -134,26 +131,28 @@ def _require_loadable(run: Path, adapter: Path, settings: ModelConfig) -> str:
     return kind
 
 
-def _export_files(folder: Path, repository: str) -> tuple[Files, list[str]]:
+def _export_files(folder: Path, repository: str) -> tuple[Files, str, list[str]]:
+    """The same of an export."""
     if not (folder / MANIFEST).is_file() or not (folder / CARD).is_file():
-        hint = "a run folder, or what rung export wrote"
-        raise ConfigError("this is neither a run nor an export", given=str(folder), allowed=hint)
+        allowed = "a run folder, or what rung export wrote"
+        raise ConfigError("this is neither a run nor an export", given=str(folder), allowed=allowed)
     # the card is there to be edited
     require_undamaged(folder, but=(CARD,), hint="export it again")
-    names = {*read_json(folder / MANIFEST)["files"], CARD} - {MANIFEST}
-    files: Files = {name: folder / name for name in names}
-    base, kind = None, None
+    files = {name: folder / name for name in read_json(folder / MANIFEST)["files"] if name != CARD}
+    base, peft_type = None, None
     if CONFIG in files:
         settings = read_json(folder / CONFIG)
-        named = [read_json(folder / ORIGIN_FILE)["base"]] if ORIGIN_FILE in files else []
-        base = public_name(str([*named, settings.get("base_model_name_or_path")][0]))
-        kind, files[CONFIG] = settings.get("peft_type"), _replaced(folder / CONFIG, base_model_name_or_path=base)
-    if ORIGIN_FILE in files:
-        origin = str(read_json(folder / ORIGIN_FILE)["base"])
-        files[ORIGIN_FILE] = _replaced(folder / ORIGIN_FILE, base=public_name(origin))
-    commands = hub_commands(repository, sorted(files), base=base, peft_type=kind)
-    files[CARD] = with_commands((folder / CARD).read_text(), repository, commands).encode()
-    return files, []
+        named = read_json(folder / ORIGIN_FILE)["base"] if ORIGIN_FILE in files else settings["base_model_name_or_path"]
+        base, peft_type = public_name(str(named)), str(settings["peft_type"])
+    commands = hub_commands(repository, sorted(files), base=base, peft_type=peft_type)
+    return _without_paths(files, base), with_commands((folder / CARD).read_text(), repository, commands), []
+
+
+def _without_paths(files: Mapping[str, Path], base: str | None) -> Files:
+    """The files with the base by the name that others know."""
+    keys = {CONFIG: "base_model_name_or_path", ORIGIN_FILE: "base"}
+    renamed = {name: _replaced(files[name], **{key: base}) for name, key in keys.items() if base and name in files}
+    return {**files, **renamed}
 
 
 def _replaced(file: Path, **values: Any) -> bytes:
@@ -169,19 +168,19 @@ def _send(files: Files, request: PushRequest, result: PushResult) -> PushResult:
 
     api, repository = HfApi(library_name="rung"), result.repository
     address = api.create_repo(repository, private=not request.is_public, exist_ok=True)
-    kept = sorted({*api.list_repo_files(repository)} - {*files, ".gitattributes"})
+    others = sorted({*api.list_repo_files(repository)} - {*files, ".gitattributes"})
     additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     commit = api.create_commit(repository, additions, commit_message="Upload by Rung")
-    notes = [f"these files were there and stay: {', '.join(kept)}"] if kept else []
+    notes = [f"these files were there and stay: {', '.join(others)}"] if others else []
     return result.replace(url=str(address), commit=commit.oid, notes=(*result.notes, *notes))
 
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
     """Raise `PlanError` for what the hub, or the way to it, refuses."""
-    from httpx2 import HTTPError
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    failures: tuple[type[Exception], ...] = (OSError, *_client_errors())
     try:
         yield
     except LocalTokenNotFoundError as error:
@@ -189,15 +188,21 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise _not_sent(repository, "HF_HUB_OFFLINE is set", "unset it, or --dry-run") from error
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else None
+        status_code = error.response.status_code if error.response is not None else None
         reason = error.server_message or (str(error).splitlines() or ["no reason"])[0]
-        hint = "a token that may write there: hf auth login, or HF_TOKEN" if code in (401, 403, 404) else None
-        raise _not_sent(repository, f"{code}: {reason}" if code else reason, hint) from error
+        hint = "a token that may write there: hf auth login, or HF_TOKEN" if status_code in (401, 403, 404) else None
+        raise _not_sent(repository, f"{status_code}: {reason}" if status_code else reason, hint) from error
     except RuntimeError as error:  # of a large file, around what happened
         raise _not_sent(repository, f"{error} {error.__cause__ or ''}".strip(), None) from error
-    except (OSError, HTTPError) as error:
+    except failures as error:
         reason = str(error) if hub_is_reachable() else "the hub cannot be reached"
         raise _not_sent(repository, reason, "--dry-run shows what would be sent") from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP client of huggingface_hub raises: httpx2 since its version 2, httpx before."""
+    clients = (name for name in ("httpx2", "httpx") if find_spec(name) is not None)
+    return tuple(import_module(name).HTTPError for name in clients)
 
 
 def _not_sent(repository: str, reason: str, hint: str | None) -> PlanError:

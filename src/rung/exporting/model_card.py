@@ -6,7 +6,6 @@ that no card has an empty field. The YAML in front is huggingface_hub's, with th
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,6 @@ from rung.config.model_catalog import CATALOG
 from rung.planning.hub import is_hub_id
 from rung.results.base import Estimate
 from rung.results.exports import ExportedFile
-
-ADAPTER_ENDING = "-adapter.gguf"
-"""Of the name of a LoRA in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -64,44 +60,6 @@ def model_card(facts: CardFacts) -> str:
     parts = [f"# {facts.title}", _origin(facts), *_trained(facts), *_scored(facts), *_written(facts)]
     parts += [_use(facts.commands), "## License", _license(facts)]
     return f"---\n{_data(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def hub_commands(
-    repository: str, files: Sequence[str], *, base: str | None, peft_type: str | None, gives_scores: bool = False
-) -> list[str]:
-    """How the files of a repository are used from there, by what they are.
-
-    `base` is that of an adapter, and `peft_type` the kind of the adapter. A base that is no repository has the place of
-    a folder, which whoever uses the command has to know.
-    """
-    if base is not None and not is_hub_id(base):
-        base = f"path/to/{base}"
-    name = repository.partition("/")[2]
-    if gguf := [file for file in files if file.endswith(".gguf")]:
-        if gguf[0].endswith(ADAPTER_ENDING):
-            download = f"hf download {repository} --local-dir {name}"
-            options = f"--lora {name}/{gguf[0]} --jinja --chat-template-file {name}/chat_template.jinja"
-            return [download, f"llama-server -m BASE.gguf {options}  # on its base in GGUF"]
-        commands = [f"llama-server --hf-repo {repository} --hf-file {file}" for file in gguf]
-        return [*commands, f"ollama run hf.co/{repository}"] if "Modelfile" in files else commands
-    if gives_scores:
-        return [_python_command("AutoModelForSequenceClassification", repr(repository))]
-    if peft_type is None:
-        return [_python_command("AutoModelForCausalLM", repr(repository)), f"vllm serve {repository}"]
-    imports = "import rung.peft; from peft import PeftModel" if peft_type.startswith("RUNG_") else None
-    commands = [
-        _python_command("AutoModelForCausalLM", repr(base), imports or "from peft import PeftModel", repository)
-    ]
-    if peft_type == "LORA":
-        commands.append(f"vllm serve {base} --enable-lora --lora-modules {name}={repository}")
-    return commands
-
-
-def _python_command(model_class: str, model: str, imports: str | None = None, adapter: str | None = None) -> str:
-    load = f"{model_class}.from_pretrained({model})"
-    load = load if adapter is None else f"PeftModel.from_pretrained({load}, {adapter!r})"
-    parts = [f"from transformers import {model_class}", *([imports] if imports else []), load]
-    return f"python -c {shlex.quote('; '.join(parts))}"
 
 
 def with_commands(card: str, title: str, commands: Sequence[str]) -> str:

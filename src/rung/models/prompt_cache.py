@@ -7,10 +7,12 @@ leaves, it waits for it. `models/slot_batch.py` encodes the prompts of its rows 
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,40 +26,65 @@ from rung.types import Segment
 MIN_KEPT_BEGINNING = 8
 """Tokens; encoding a shorter beginning again costs less than looking for it saves."""
 PASS_TOKENS = 32
-"""Tokens that cost as much as a pass of their own: a prompt gives up so many kept ones to be encoded with others."""
+"""Tokens whose encoding takes as long as a pass over the weights takes at least: a prompt that would share so many more
+tokens with a kept beginning by itself is encoded in the pass of others all the same."""
 Ids = NDArray[np.int64]
 
 
 @dataclass
 class BeginningCache:
-    """Keys and values of earlier prompts, by their tokens; the one that was used longest ago goes first."""
+    """Keys and values of earlier prompts, by their tokens; the least recently used one goes first.
+
+    Of sorted texts the one that begins most like another stands next to its place, so a lookup compares two of them.
+    """
 
     limit_bytes: int
     entries: OrderedDict[bytes, tuple[Ids, KVByLayer]] = field(default_factory=OrderedDict)
+    """By sort key, in the order of their last use."""
     bytes_held: int = 0
+    _sorted_keys: list[bytes] = field(default_factory=list)
 
     def longest(self, ids: Ids) -> tuple[int, KVByLayer | None]:
         """The longest beginning of these tokens that is kept: its length, and keys and values at least as long."""
-        best, found = 0, None
-        for key, (kept, _) in self.entries.items():
-            common = common_length(kept, ids)
-            if common > best:
-                best, found = common, key
-        if found is None or best < MIN_KEPT_BEGINNING:
+        place = bisect_left(self._sorted_keys, _sort_key(ids))
+        neighbors = self._sorted_keys[max(0, place - 1) : place + 1]
+        length, key = max(((common_length(self.entries[key][0], ids), key) for key in neighbors), default=(0, b""))
+        if length < MIN_KEPT_BEGINNING:
             return 0, None
-        self.entries.move_to_end(found)
-        return best, self.entries[found][1]
+        self.entries.move_to_end(key)
+        return length, self.entries[key][1]
 
     def add(self, ids: Ids, kv_by_layer: KVByLayer) -> None:
         """Keep a prompt, unless it alone is larger than the limit."""
-        size = sum(part.nbytes for states in kv_by_layer.values() for part in states)
-        if len(ids) < MIN_KEPT_BEGINNING or size > self.limit_bytes or ids.tobytes() in self.entries:
+        size, key = _kv_bytes(kv_by_layer), _sort_key(ids)
+        if len(ids) < MIN_KEPT_BEGINNING or size > self.limit_bytes or key in self.entries:
             return
-        self.entries[ids.tobytes()] = (ids, kv_by_layer)
+        self.entries[key] = (ids, kv_by_layer)
+        insort(self._sorted_keys, key)
         self.bytes_held += size
         while self.bytes_held > self.limit_bytes:
-            _, (_, oldest) = self.entries.popitem(last=False)
-            self.bytes_held -= sum(part.nbytes for states in oldest.values() for part in states)
+            oldest_key, (_, oldest) = self.entries.popitem(last=False)
+            del self._sorted_keys[bisect_left(self._sorted_keys, oldest_key)]
+            self.bytes_held -= _kv_bytes(oldest)
+
+
+def _sort_key(ids: Ids) -> bytes:
+    """Bytes that sort as the tokens do: the highest byte of each token first."""
+    return ids.astype(">i8").tobytes()
+
+
+def _kv_bytes(kv_by_layer: KVByLayer) -> int:
+    return sum(part.nbytes for states in kv_by_layer.values() for part in states)
+
+
+class PassGroup(NamedTuple):
+    """Prompts that are encoded in one pass."""
+
+    places: Sequence[int]
+    """Of the prompts among those that wait."""
+    beginning_tokens: int
+    beginning: KVByLayer | None
+    """A kept beginning that they share, at least as long."""
 
 
 class PromptEncoder:
@@ -74,57 +101,56 @@ class PromptEncoder:
     @torch.no_grad()
     def encode(self, prompts: Sequence[Ids]) -> list[KVByLayer]:
         """Keys and values [1, K, T, D] of each prompt; nothing for a prompt without tokens."""
-        found: list[KVByLayer] = [{} for _ in prompts]
+        states: list[KVByLayer] = [{} for _ in prompts]
         waiting = [i for i, ids in enumerate(prompts) if len(ids)]
         while waiting:
-            chosen, kept_tokens, kept = self._next([prompts[i] for i in waiting])
-            numbers = [waiting[place] for place in chosen]
-            encoded = self._pass([prompts[i] for i in numbers], kept_tokens, kept)
+            group = self._next_group([prompts[i] for i in waiting])
+            numbers = [waiting[place] for place in group.places]
+            encoded = self._encode_group([prompts[i] for i in numbers], group)
             for i, kv_by_layer in zip(numbers, encoded, strict=True):
-                found[i] = kv_by_layer
+                states[i] = kv_by_layer
             waiting = [i for i in waiting if i not in numbers]
-        return found
+        return states
 
-    def one(self, ids: Ids) -> KVByLayer:
-        """The keys and values of some tokens, which are not kept: for their shapes."""
+    def encode_unkept(self, ids: Ids) -> KVByLayer:
+        """Keys and values of some tokens, which the cache does not keep."""
         return self._packed([ids], 0, None)[0]
 
-    def _next(self, prompts: Sequence[Ids]) -> tuple[Sequence[int], int, KVByLayer | None]:
-        """Places of the prompts of the next pass, and the kept beginning that they share: its length and states.
+    def _next_group(self, prompts: Sequence[Ids]) -> PassGroup:
+        """The first prompt, and others that lose little by sharing its pass.
 
-        The first prompt and others that give up little of what is kept for them. One that would repeat what another
-        of the pass leaves waits for it.
+        In a pass all prompts start from one kept beginning, so each may lose a part of its own. A prompt that repeats
+        much of another in the pass waits: it starts from what that one leaves.
         """
-        first, found = prompts[0], [self.beginnings.longest(ids) for ids in prompts]
-        chosen, length = [0], found[0][0]
+        beginnings = [self.beginnings.longest(ids) for ids in prompts]
+        alone = PassGroup([0], *beginnings[0])
+        places, shared = [0], alone.beginning_tokens
         for place, ids in enumerate(prompts[1:], start=1):
-            shared = min(length, common_length(first, ids))
-            shared = shared if shared >= MIN_KEPT_BEGINNING else 0
-            gives_up = max(found[i][0] for i in (*chosen, place)) - shared
-            repeats = max(common_length(prompts[i], ids) for i in chosen) - shared if self.beginnings.limit_bytes else 0
-            if gives_up <= PASS_TOKENS and repeats <= PASS_TOKENS:
-                chosen, length = [*chosen, place], shared
-        together = next(encoded_together([len(prompts[place]) - length for place in chosen]))
-        if len(chosen[together]) == 1:
-            return [0], *found[0]
-        return chosen[together], length, found[0][1] if length else None
+            length = min(shared, common_length(prompts[0], ids))
+            length = length if length >= MIN_KEPT_BEGINNING else 0
+            loss = max(beginnings[i][0] for i in (*places, place)) - length
+            # where nothing can be kept, waiting would be in vain
+            repeats = max(common_length(prompts[i], ids) for i in places) if self.beginnings.limit_bytes else length
+            if loss <= PASS_TOKENS and repeats - length <= PASS_TOKENS:
+                places, shared = [*places, place], length
+        places = places[next(encoded_together([len(prompts[place]) - shared for place in places]))]
+        return alone if len(places) == 1 else PassGroup(places, shared, alone.beginning if shared else None)
 
-    def _pass(self, prompts: Sequence[Ids], kept_tokens: int, kept: KVByLayer | None) -> list[KVByLayer]:
-        self.shared_tokens += kept_tokens * len(prompts)
-        self.encoded_tokens += sum(len(ids) - kept_tokens for ids in prompts)
-        beginning = None
-        if kept is not None:
-            beginning = {layer: _part(states, 0, kept_tokens) for layer, states in kept.items()}
-        found: list[KVByLayer] = []
-        rests = self._packed([ids[kept_tokens:] for ids in prompts], kept_tokens, beginning)
+    def _encode_group(self, prompts: Sequence[Ids], group: PassGroup) -> list[KVByLayer]:
+        length, beginning = group.beginning_tokens, None
+        self.shared_tokens += length * len(prompts)
+        self.encoded_tokens += sum(len(ids) - length for ids in prompts)
+        if group.beginning is not None:
+            beginning = {layer: _part(states, 0, length) for layer, states in group.beginning.items()}
+        encoded: list[KVByLayer] = []
+        rests = self._packed([ids[length:] for ids in prompts], length, beginning)
         for ids, rest in zip(prompts, rests, strict=True):
-            if not rest:  # a view of what is kept: keeping it too would hold the whole
-                found.append(beginning or {})
+            if not rest:  # a view of the cache: keeping it too would hold the whole
+                encoded.append(beginning or {})
                 continue
-            kv_by_layer = concatenate_kv(beginning, rest)
-            self.beginnings.add(ids, kv_by_layer)
-            found.append(kv_by_layer)
-        return found
+            encoded.append(concatenate_kv(beginning, rest))
+            self.beginnings.add(ids, encoded[-1])
+        return encoded
 
     def _packed(self, texts: Sequence[Ids], start: int, beginning: KVByLayer | None) -> Sequence[KVByLayer]:
         """Keys and values of each text behind the virtual tokens and a beginning, all as one packed row."""

@@ -72,7 +72,7 @@ class SlotRow:
         return self.slot + self.sampling.max_new_tokens - self.drawn
 
 
-class JoiningPrompt(NamedTuple):
+class SlotPrompt(NamedTuple):
     """A prompt, and one sampling for each answer to it."""
 
     ids: Sequence[int]
@@ -99,10 +99,10 @@ class SlotBatch:
 
     def join(self, ids: Sequence[int], samplings: Sequence[RowSampling]) -> list[SlotRow]:
         """Add a row for each answer to a prompt. Raises as `join_all`."""
-        return self.join_all([JoiningPrompt(ids, samplings)])[0]
+        return self.join_all([SlotPrompt(ids, samplings)])[0]
 
     @torch.no_grad()
-    def join_all(self, prompts: Sequence[JoiningPrompt]) -> list[list[SlotRow]]:
+    def join_all(self, prompts: Sequence[SlotPrompt]) -> list[list[SlotRow]]:
         """Encode prompts up to their last token, and add a row for each sampling, by prompt.
 
         Raises `ValueError` for a prompt without tokens or one that leaves no room; then none of them has joined.
@@ -116,7 +116,7 @@ class SlotBatch:
         joined = [[_new_row(ids, sampling) for sampling in samplings] for ids, samplings in prompts]
         if not self._layers:
             states = next((kv for kv in encoded if kv), None)
-            states = states or self.encoder.one(np.array(prompts[0].ids[-1:], dtype=np.int64))
+            states = states or self.encoder.encode_unkept(np.array(prompts[0].ids[-1:], dtype=np.int64))
             self._layers = [SlotLayer(states[layer]) for layer in sorted(states)]
         added = [row for rows in joined for row in rows]
         capacity, slots = _buffer_shape([row.end for row in (*self.rows, *added)])
@@ -131,7 +131,7 @@ class SlotBatch:
         self.rows += added
         return joined
 
-    def cache_bytes(self, prompts: Sequence[JoiningPrompt], *, alone: bool = False) -> int:
+    def cache_bytes(self, prompts: Sequence[SlotPrompt], *, alone: bool = False) -> int:
         """Bytes of keys and values in the buffers if rows for these prompts joined, or were `alone` in them."""
         ends = [max(0, len(ids) - 1) + sampling.max_new_tokens for ids, all_ in prompts for sampling in all_]
         rows, slots = _buffer_shape(ends if alone else [*ends, *(row.end for row in self.rows)])

@@ -334,16 +334,21 @@ def _shape_from_run(folder: Path) -> ModelShape:
     return read_shape(model_config)
 
 
-def read_gguf_shape(file: Path) -> ModelShape:
-    """Shape from llama.cpp's keys; the loaded weights are float32."""
+def open_gguf(file: Path) -> tuple[Any, str]:
+    """A `gguf.GGUFReader` of the file and its architecture. Raises `ConfigError` for a file that is not GGUF."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
-        kind = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # the reader raises many types for a file that is not GGUF
-        reason = f"this GGUF file cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise ConfigError(reason, where="model.name", given=str(file)) from error
+        return reader, str(reader.fields["general.architecture"].contents())
+    except Exception as error:  # the reader raises many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"this GGUF file cannot be read: {reason}", where=str(file)) from error
+
+
+def read_gguf_shape(file: Path) -> ModelShape:
+    """Shape from llama.cpp's keys; the loaded weights are float32."""
+    reader, kind = open_gguf(file)
     keys = {name: f"{kind}.{key}" for name, key in _GGUF_KEYS.items()}
     settings = {name: reader.fields[key].contents() for name, key in keys.items() if key in reader.fields}
     tensors = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}

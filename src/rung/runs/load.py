@@ -49,7 +49,7 @@ from rung.runs.reward_head import HEAD_KEY, OUTPUT_HEADS, read_score_head
 from rung.runs.server import evaluation_answers
 from rung.scoring.code_answers import CODE
 from rung.training.distributed import SINGLE_PROCESS, World
-from rung.training.run_folder import is_climb, read_manifest
+from rung.training.run_folder import finished_artifact, is_climb, read_manifest
 from rung.types import Message, Record
 
 
@@ -268,35 +268,33 @@ def open_reward_model(
 
 def _load_run(path: Path, base: BaseModel | None) -> tuple[Policy, ChatTemplate, RunConfig]:
     manifest = read_manifest(path)
-    if manifest.get("status") != "finished" or not {"adapter", "model"} & {p.name for p in path.iterdir()}:
-        summary = f"this run is not finished (status {manifest.get('status')})"
-        raise CheckpointError(summary, where=str(path), hint="go on with: rung train --resume")
+    artifact = finished_artifact(path, manifest)
     config = parse_config(manifest["config"], str(path / "run.json"))
     # A full run is a model of its own, with its own tokenizer and template.
-    if (path / "model").is_dir():
+    if artifact.name == "model":
         model_name, heads = path, set[str]()
         # `load_base` refuses a reward run as a base, so its model is named as a plain folder, which is checked here.
         if config.objective.kind == "reward":
             # a classifier has a score in place of the output head
-            model_name, heads = path / "model", {HEAD_KEY, *OUTPUT_HEADS}
+            model_name, heads = artifact, {HEAD_KEY, *OUTPUT_HEADS}
             require_undamaged(model_name)
         settings = ModelConfig(name=str(model_name), dtype=config.model.dtype, matmul=config.model.matmul)
         base = load_base_on_device(settings, heads=heads)
         chat = ChatTemplate(base.tokenizer, end_ids=base.end_ids)
-        check_prompt(path / "model", chat)
+        check_prompt(artifact, chat)
         return Policy(base, NoMethod()), chat.with_control_tokens(config.data.control_tokens), config
-    require_undamaged(path / "adapter")
+    require_undamaged(artifact)
     if base is None:
         base = load_base_on_device(config.model, stream_linears=config.method.kind == "qlora")
     check_fingerprint(manifest, base, path)
-    check_origin(path / "adapter", base)
+    check_origin(artifact, base)
     method = attach_method(base.model, config.method, seed=config.seed, fused=config.model.fused)
-    method.load(path / "adapter")
+    method.load(artifact)
     # The saved tokenizer and not that of the base: its template is the one of the training.
     tokenizer = load_tokenizer(ModelConfig(name=str(path)))
     positions = virtual_token_positions(config.method, base.vocab_size)
     chat = ChatTemplate(tokenizer, positions=positions, end_ids=base.end_ids)
-    check_prompt(path / "adapter", chat)
+    check_prompt(artifact, chat)
     return Policy(base, method), chat.with_control_tokens(config.data.control_tokens), config
 
 

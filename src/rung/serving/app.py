@@ -24,7 +24,14 @@ from starlette.routing import Route
 from rung.serving.engine import Counters, Engine
 from rung.serving.engine_model import EngineModel, RewardModel
 from rung.serving.llama_cpp_model import LlamaCppModel
-from rung.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError, ScoreRequest
+from rung.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RequestError,
+    ScoreRequest,
+    validation_request_error,
+)
 from rung.web.access import AccessControl, AccessError
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -146,7 +153,8 @@ async def _read(request: Request, kind: type[Parsed]) -> Parsed:
         raise RequestError("the body did not come", status=408) from None
     try:
         data = json.loads(body)
-        json.dumps(data, ensure_ascii=False).encode()
+        text = json.dumps(data, ensure_ascii=False)
+        text.encode()
     except UnicodeEncodeError:
         raise RequestError("a text holds half a character") from None
     except (ValueError, RecursionError):
@@ -156,12 +164,11 @@ async def _read(request: Request, kind: type[Parsed]) -> Parsed:
     try:
         # clients send null for what they leave out
         parsed = kind.model_validate({name: value for name, value in data.items() if value is not None})
-        json.dumps(data, allow_nan=False)
+        if "NaN" in text or "Infinity" in text:  # which may also be a word
+            json.dumps(data, allow_nan=False)
         return parsed
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
+        raise validation_request_error(error) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except ValueError:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rung.console import print_status
-from rung.models.slot_batch import DrawnToken, JoiningPrompt, RowSampling, SlotBatch, SlotRow
+from rung.models.slot_batch import DrawnToken, RowSampling, SlotBatch, SlotPrompt, SlotRow
 from rung.serving.answers import AnswerText, FinishReason
 from rung.serving.catalog import ServedModel
 
@@ -65,9 +65,9 @@ class Job:
     """Answers that are being generated."""
 
     @property
-    def joining(self) -> JoiningPrompt:
+    def slot_prompt(self) -> SlotPrompt:
         """The prompt as a batch takes it."""
-        return JoiningPrompt(self.prompt, self.samplings)
+        return SlotPrompt(self.prompt, self.samplings)
 
 
 @dataclass
@@ -106,12 +106,11 @@ class Engine:
         self._running: dict[SlotRow, tuple[Job, int]] = {}
         self._wake = threading.Condition()
         self._is_stopping, self._is_running = False, False
-        self._thread: threading.Thread | None = None
 
     def compute_during(self, work: Callable[[], T]) -> T:
-        """Compute in this thread while `work` runs in another; its result, once what it submitted is finished.
+        """Compute in this thread while `work` runs in another, and until what was submitted is finished.
 
-        Requests may be submitted from the start of `work` on.
+        Returns the result of `work`. Requests may be submitted from its start on; at its end new ones are refused.
         """
         done = Future[T]()
 
@@ -124,22 +123,9 @@ class Engine:
                 self._refuse_more()
 
         self._is_running = True
-        other = threading.Thread(target=call, name="requests", daemon=True)
-        other.start()
+        threading.Thread(target=call, name="requests", daemon=True).start()
         self._run()
         return done.result()
-
-    def start(self) -> None:
-        """Compute in a thread of its own, until `stop`."""
-        self._is_running = True
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Finish what was submitted, then end the thread of `start`; new requests are refused."""
-        self._refuse_more()
-        if self._thread is not None:
-            self._thread.join()
 
     def _refuse_more(self) -> None:
         with self._wake:
@@ -214,38 +200,38 @@ class Engine:
 
     def _admit(self) -> None:
         """Let requests join in their order while there are rows and memory for them."""
-        while taken := self._take():
-            for job in taken:
+        while jobs := self._next_jobs():
+            for job in jobs:
                 self.counters.wait_seconds += time.monotonic() - job.submitted
                 self.counters.prompt_tokens += len(job.prompt)
-            together = [job for job in taken if job.compute is None]
-            for name in dict.fromkeys(job.model for job in together):
-                self._join([job for job in together if job.model == name])
-            if len(together) < len(taken):  # a long one stops everybody: the others go on between two of them
-                self._join(taken[-1:])
+            answering = [job for job in jobs if job.compute is None]
+            for name in dict.fromkeys(job.model for job in answering):
+                self._join([job for job in answering if job.model == name])
+            if len(answering) < len(jobs):  # a long one stops everybody: the others go on between two of them
+                self._join(jobs[-1:])
                 return
 
-    def _take(self) -> list[Job]:
-        """The requests that join now: what comes together is encoded together."""
-        taken: list[Job] = []
+    def _next_jobs(self) -> list[Job]:
+        """The requests that join now: their prompts are encoded together. One with something to compute is the last."""
+        jobs: list[Job] = []
         with self._wake:
-            while self.waiting and self._has_room(self.waiting[0], taken):
+            while self.waiting and self._has_room(self.waiting[0], jobs):
                 job = self.waiting.popleft()
                 if job.is_cancelled:
                     self.counters.cancelled += 1
                     continue
-                taken.append(job)
+                jobs.append(job)
                 if job.compute is not None:
                     break
-        return taken
+        return jobs
 
-    def _has_room(self, job: Job, taken: Sequence[Job]) -> bool:
-        if not (self._running or taken) or not job.samplings:
+    def _has_room(self, job: Job, others: Sequence[Job]) -> bool:
+        if not (self._running or others) or not job.samplings:
             return True
-        writing = [other for other in (*taken, job) if other.samplings]
-        rows = len(self._running) + sum(len(other.samplings) for other in writing)
+        answering = [other for other in (*others, job) if other.samplings]
+        rows = len(self._running) + sum(len(other.samplings) for other in answering)
         states = sum(
-            batch.cache_bytes([other.joining for other in writing if other.model == name])
+            batch.cache_bytes([other.slot_prompt for other in answering if other.model == name])
             for name, batch in self.batches.items()
         )
         return rows <= self.max_rows and states <= self.cache_bytes
@@ -257,7 +243,7 @@ class Engine:
                 if job.compute is not None:
                     job.compute()
             writing = [job for job in jobs if job.samplings]
-            joined = self.batches[jobs[0].model].join_all([job.joining for job in writing]) if writing else []
+            joined = self.batches[jobs[0].model].join_all([job.slot_prompt for job in writing]) if writing else []
         except Exception as error:  # one request must not end the others
             if len(jobs) == 1:
                 self._fail(jobs[0], error)

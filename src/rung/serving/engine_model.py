@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rung.errors import RungError
-from rung.models.slot_batch import JoiningPrompt, RowSampling
+from rung.models.slot_batch import RowSampling, SlotPrompt
 from rung.serving.answers import AnswerText
 from rung.serving.catalog import ServedModel
 from rung.serving.engine import Engine
@@ -171,7 +171,7 @@ class EngineModel:
         if len(samplings) > self.engine.max_rows:
             raise RequestError(f"this server generates {self.engine.max_rows} answers at once", param="n")
         batch = self.engine.batches[self.served.name]
-        asked = [JoiningPrompt(prompt, samplings)]
+        asked = [SlotPrompt(prompt, samplings)]
         if samplings and batch.cache_bytes(asked, alone=True) > self.engine.cache_bytes:
             raise RequestError("so many answers of this length do not fit into memory", param="n")
 

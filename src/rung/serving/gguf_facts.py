@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rung.errors import ConfigError
+from rung.planning.architecture import open_gguf
 
 STATE_BYTES = 2
 """llama.cpp keeps keys and values in float16."""
@@ -29,14 +29,7 @@ class GgufFacts:
 
 def read_gguf_facts(file: Path) -> GgufFacts:
     """The facts. Raises `ConfigError` for a file that is no GGUF file."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(str(file))
-        kind = str(reader.fields["general.architecture"].contents())
-    except Exception as error:  # the reader raises many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError("this GGUF file cannot be read", where=str(file), given=reason) from error
+    reader, kind = open_gguf(file)
 
     def setting(name: str, default: Any = None) -> Any:
         field = reader.fields.get(f"{kind}.{name}")

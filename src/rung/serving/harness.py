@@ -31,6 +31,7 @@ from rung.files import is_run_folder
 from rung.results.evaluation import HarnessResult, HarnessScore
 from rung.runs.artifact import write_tokenizer_files
 from rung.runs.load import config_of_run, refuse_climb, target_kind
+from rung.serving.catalog import is_gguf_file
 from rung.serving.run import QUIET, ServeRequest, listen, opened, require_installed
 from rung.training.run_folder import RunFolder, read_manifest
 
@@ -97,7 +98,7 @@ def _require_scorable(target: str) -> None:
     """Raise `ConfigError` for a target whose prompts have no log-probabilities here."""
     refuse_climb(target)
     kind = target_kind(target)
-    if kind == "server" or target.lower().endswith(".gguf"):
+    if kind == "server" or is_gguf_file(target):
         hint = "a run, or a base as a folder or by its name"
         raise ConfigError("--tasks needs the log-probabilities of prompts", given=target, allowed=hint)
     if kind == "run" and config_of_run(Path(target)).objective.kind == "reward":
@@ -197,10 +198,7 @@ def _read_results(target: str, output: Path, request: HarnessRequest) -> Harness
     scores = [score for task in found["results"] for score in _scores(found, task, request)]
     if not scores:
         raise PlanError("these tasks have no scores", given=", ".join(request.tasks))
-    return HarnessResult(
-        target=target,
-        scores=tuple(scores),
-    )
+    return HarnessResult(target=target, scores=tuple(scores))
 
 
 def _scores(found: Mapping[str, Any], task: str, request: HarnessRequest) -> Iterator[HarnessScore]:

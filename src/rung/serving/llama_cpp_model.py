@@ -31,6 +31,7 @@ from rung.serving.events import DONE, error_event, event_stream
 from rung.serving.gguf_facts import GgufFacts, read_gguf_facts
 from rung.serving.protocol import (
     DEFAULT_MAX_TOKENS,
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -41,6 +42,7 @@ from rung.serving.protocol import (
     no_embeddings_error,
     no_scores_error,
     usage,
+    validation_request_error,
 )
 from rung.serving.running import queue_full_error, unless_client_leaves
 from rung.types import Message
@@ -51,12 +53,15 @@ SEEDS = 2**32 - 1
 """llama.cpp's seeds; the next number would be a random one."""
 MIN_CONTEXT = 512
 """Tokens of a request below which a file is not served."""
+NEUTRAL_SAMPLING = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
+"""What a request to OpenAI's API expects where it says nothing; llama.cpp's own defaults are others."""
 MAX_ROWS = 256
 """llama.cpp's sequences."""
 MAX_SCHEMA_BYTES, MAX_TOOLS_BYTES = 16 * 2**10, 64 * 2**10
 """A grammar is made of a schema, of 3,000 optional properties in minutes, and nobody else is answered meanwhile."""
 HEALTH_SECONDS = 5.0
 """How long llama.cpp may take to say that it is well."""
+AnswerRequest = ChatRequest | CompletionRequest
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -181,8 +186,8 @@ class LlamaCppModel:
             raise RequestError("there are no `tools` of which one could be called", param="tool_choice")
         _require_bounded(extra.get("response_format"), MAX_SCHEMA_BYTES, "response_format")
         _require_bounded(asked.tools, MAX_TOOLS_BYTES, "tools")
-        messages = [_message(turn) for turn in asked.turns()]
-        body: dict[str, Any] = {**extra, "messages": messages}
+        messages = [_message(*pair) for pair in zip(asked.messages, asked.turns(), strict=True)]
+        body: dict[str, Any] = {**NEUTRAL_SAMPLING, **extra, "messages": messages}
         if asked.tools:
             body["tools"] = asked.tools
         await self._require_shown(body)
@@ -199,7 +204,9 @@ class LlamaCppModel:
         if asked.echo:
             raise RequestError("llama.cpp has no echo, and no log-probabilities of a prompt", param="echo")
         max_tokens = asked.checked_max_tokens()
-        body = dict(extra) if asked.logprobs is None else {**extra, "logprobs": max(1, asked.logprobs)}
+        body = {**NEUTRAL_SAMPLING, **extra}
+        if asked.logprobs is not None:
+            body["logprobs"] = max(1, asked.logprobs)
         bodies = []
         for number, prompt in enumerate(asked.prompts()):
             if not prompt or not (isinstance(prompt, str) or all(0 <= i < self.facts.vocabulary for i in prompt)):
@@ -229,7 +236,7 @@ class LlamaCppModel:
             raise RequestError("this file is an encoder: /v1/embeddings asks it", param="model")
 
     async def _answer(
-        self, request: Request, asked: GenerationRequest, reply: Reply, bodies: Sequence[dict[str, Any]]
+        self, request: Request, asked: AnswerRequest, reply: Reply, bodies: Sequence[dict[str, Any]]
     ) -> Response:
         """A response of as many answers as bodies."""
         path = "/v1/chat/completions" if isinstance(asked, ChatRequest) else "/v1/completions"
@@ -251,7 +258,7 @@ class LlamaCppModel:
     async def _stream(
         self,
         request: Request,
-        asked: GenerationRequest,
+        asked: AnswerRequest,
         reply: Reply,
         path: str,
         bodies: Sequence[dict[str, Any]],
@@ -278,7 +285,7 @@ class LlamaCppModel:
         return response
 
     async def _events(
-        self, streams: Sequence[httpx2.Response], asked: GenerationRequest, reply: Reply, admitted: _Admitted
+        self, streams: Sequence[httpx2.Response], asked: AnswerRequest, reply: Reply, admitted: _Admitted
     ) -> AsyncIterator[str]:
         """The parts of all answers as they come."""
         parts = asyncio.Queue[_Part](maxsize=64)
@@ -318,15 +325,12 @@ class LlamaCppModel:
         try:
             fields = LlamaCppFields.model_validate(given)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RequestError(f"{where}: {first['msg']}", param=where or None) from None
-        found = fields.model_dump(exclude_none=True, by_alias=True)
-        for token in found.get("logit_bias", ()):
+            raise validation_request_error(error) from None
+        for token in fields.logit_bias or ():
             if not (token.isdecimal() and len(token) < 10 and int(token) < self.facts.vocabulary):
                 summary = f"logit_bias: a key is the number of a token, below {self.facts.vocabulary}"
                 raise RequestError(summary, param="logit_bias")
-        return found
+        return fields.model_dump(exclude_none=True, by_alias=True)
 
     async def _require_shown(self, body: Mapping[str, Any]) -> None:
         """Raise `RequestError` for tools, and calls of them, that the template of the file leaves out."""
@@ -403,13 +407,10 @@ def _context(facts: GgufFacts, file: Path, rows: int, cache_bytes: int) -> int:
     return context
 
 
-def _message(turn: Message) -> dict[str, Any]:
-    """A turn as llama.cpp takes it, with its text as one."""
-    found: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.tool_calls:
-        found["tool_calls"] = json.loads(turn.tool_calls)
-    named = {"name": turn.name, "tool_call_id": turn.tool_call_id}
-    return found | {name: value for name, value in named.items() if value is not None}
+def _message(message: ChatMessage, turn: Message) -> dict[str, Any]:
+    """A message as llama.cpp takes it, with its text as one."""
+    given = {"tool_calls": message.tool_calls, "name": message.name, "tool_call_id": message.tool_call_id}
+    return {"role": turn.role, "content": turn.content} | {name: value for name, value in given.items() if value}
 
 
 def _require_bounded(value: Any, limit: int, name: str) -> None:
@@ -418,29 +419,23 @@ def _require_bounded(value: Any, limit: int, name: str) -> None:
 
 
 def _sampling(sampling: RowSampling, asked: GenerationRequest) -> dict[str, Any]:
-    """The settings of an answer, all of them said."""
-    extra = asked.model_extra or {}
+    """The settings of one answer."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": max(0, extra.get("top_k") or 0),
-        "min_p": extra.get("min_p") or 0.0,
-        "repeat_penalty": 1.0,
         "seed": sampling.seed % SEEDS,
         "stop": list(asked.stop or ()),
     }
 
 
-def _shape(asked: GenerationRequest) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
+def _shape(asked: AnswerRequest) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
     """Makes a choice one of the route: llama.cpp has the log-probabilities of chats for both.
 
     The second argument is the number of characters before the choice. llama.cpp gives log-probabilities only beside at
     least one of the most probable tokens, which are left out where none was asked for.
     """
-    if isinstance(asked, ChatRequest):
-        return partial(_chat_shape, asked.shown_logprobs)
-    return partial(_completion_shape, getattr(asked, "logprobs", None) or 0)
+    return partial(_chat_shape if isinstance(asked, ChatRequest) else _completion_shape, asked.shown_logprobs)
 
 
 def _chat_shape(shown: int, choice: Mapping[str, Any], start: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rung.data.chat import ChatTemplate
 from rung.models.slot_batch import DrawnToken, RowSampling
@@ -39,6 +39,13 @@ class RequestError(Exception):
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def validation_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong with a request."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return RequestError(f"{where}: {first['msg']}", param=where or None)
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -181,6 +188,11 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def shown_logprobs(self) -> int:
+        """Most probable tokens that are shown beside each token."""
+        return self.logprobs or 0
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, texts or ids. Raises `RequestError` for none or too many."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rung.config.model import ComputeType
-from rung.console import print_status, terminable
+from rung.console import interruptible, print_status, terminable
 from rung.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from rung.serving.engine import Engine
     from rung.serving.llama_cpp_model import LlamaCppModel
 
@@ -95,25 +92,12 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
         server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
         names = ", ".join([*engine.models, *files])
         print_status(f"serving {names} at http://{request.host}:{request.port}/v1")
-        with _signals_end(server):
+
+        def finish() -> None:
+            server.should_exit = True
+
+        with interruptible("once the requests that were begun are answered", finish):
             engine.compute_during(lambda: server.run(sockets=[listening]))
-
-
-@contextmanager
-def _signals_end(server: uvicorn.Server) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the server finish what it began; the second one stops at once."""
-
-    def stop(number: int, frame: object) -> None:
-        if server.should_exit:
-            raise KeyboardInterrupt
-        server.should_exit = True
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -121,6 +105,7 @@ def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[
     """An engine of the models by name, which computes nothing yet, and the files in llama.cpp."""
     import torch
 
+    from rung.models.threads import adapt_threads
     from rung.runs.load import target_kind
     from rung.serving.catalog import is_gguf_file, open_models
     from rung.serving.engine import Engine
@@ -134,6 +119,7 @@ def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[
     parts = len(paths) + bool(others)
     limits = {"max_rows": request.max_rows, "max_waiting": request.max_waiting}
     limits |= {"cache_bytes": request.cache_bytes // parts, "beginnings_bytes": request.beginnings_bytes // parts}
+    adapt_threads()  # which loading a base does too: the threads of this process's share of the machine
     with ExitStack() as stack:
         files = {}
         for name, path in paths.items():

@@ -197,6 +197,15 @@ class RunFolder:
         self._log = self._lock = None
 
 
+def finished_artifact(run: Path, manifest: Mapping[str, Any]) -> Path:
+    """The folder that a finished run published: its model, or its adapter. Raises `CheckpointError` for other runs."""
+    folder = next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
+    if manifest.get("status") != "finished" or folder is None:
+        summary = f"this run is not finished (status {manifest.get('status')})"
+        raise CheckpointError(summary, where=str(run), hint="go on with: rung train --resume")
+    return folder
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run folder. Raises `CheckpointError` where it is missing or cannot be read."""
     try:
