@@ -23,7 +23,9 @@ def main() -> None:
     if task == "silent":
         sys.exit(0)
     if task == "endless":
-        Path(os.environ["NOTED"]).write_text(str(os.getpid()))
+        note = Path(os.environ["NOTED"])
+        note.with_suffix(".part").write_text(str(os.getpid()))
+        note.with_suffix(".part").rename(note)  # a reader never finds half of it
         time.sleep(60)
     tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
     ids = tokenizer("what is in box 3?", add_special_tokens=False)["input_ids"]

@@ -149,12 +149,16 @@ def test_a_signal_ends_the_harness_too(run: Path, noted: Path, tmp_path: Path) -
     for number in (signal.SIGTERM, signal.SIGINT):
         noted.unlink(missing_ok=True)
         # an environment of its own has the harness: here it is hidden from the process as in the other tests
-        running = start("eval", run, "--tasks", "endless", TMPDIR=str(tmp_path))
+        running = start("eval", run, "--tasks", "endless", TMPDIR=str(tmp_path), PYTHONFAULTHANDLER="1")
         while not noted.exists() and running.poll() is None:
             time.sleep(0.02)
         harness_pid = int(noted.read_text())
         running.send_signal(number)
-        _, err = running.communicate(timeout=30)
+        try:
+            _, err = running.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGABRT)  # shows where each thread waits
+            pytest.fail(running.communicate()[1])
         assert running.returncode == 130 and "Traceback" not in err, err
         with pytest.raises(ProcessLookupError):
             os.kill(harness_pid, 0)

@@ -144,7 +144,7 @@ def test_ppo_is_rewarded_by_comparison_with_expected_answers(
     judged: Path, local: Local, people: Path, tmp_path: Path, capsys: Any
 ) -> None:
     reward = f"{{kind: judge, model: big, server: '{local.url}', human_labels: {people}, against: expected}}"
-    settings = ("training.max_steps=64", "training.epochs=4", "training.learning_rate=2e-2", "training.eval_every=32")
+    settings = ("training.max_steps=96", "training.epochs=4", "training.learning_rate=2e-2", "training.eval_every=32")
     code, _, err = inside(capsys, "train", judged, PPO.format(reward=reward, n=4), *settings)
     assert code == 0, err
     entries = [e for e in log(tmp_path / "run") if "rollout_seconds" in e]

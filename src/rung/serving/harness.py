@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rung.console import print_status, status, terminable
+from rung.console import interruptible, print_status, status, terminable
 from rung.errors import ConfigError, PlanError
 from rung.files import is_run_folder
 from rung.results.evaluation import HarnessResult, HarnessScore
@@ -174,11 +174,15 @@ def _run_harness(command: Sequence[str], key: str, engine: Engine) -> None:
             command, env=environment, stdout=log, stderr=None if shows_progress else log, stdin=subprocess.DEVNULL
         )
         try:
-            code = engine.compute_during(process.wait)
+            # a flag, not an exception: the engine and the locks of its threads are left as they should be
+            with interruptible("once the harness has ended", process.terminate) as stop_requested:
+                code = engine.compute_during(process.wait)
         except BaseException:
             process.terminate()
             process.wait()
             raise
+        if stop_requested():
+            raise KeyboardInterrupt
         if code:
             raise PlanError("lm-evaluation-harness failed", given=_last_words(log) or f"exit code {code}")
 
