@@ -20,7 +20,6 @@ from rung.data.read import RejectedRow, stream_rows
 from rung.errors import ConfigError, DataError
 from rung.files import is_run_folder
 from rung.human_labels.items import MAX_ANSWERS, Item, merge_answers, prompt_id
-from rung.report.run_reader import read_report_source
 from rung.types import Message, Record
 
 
@@ -100,6 +99,8 @@ def _candidates(source: str, name: str | None) -> Iterator[Candidate]:
 
 def _from_run(path: Path, name: str | None) -> Iterator[Candidate]:
     """The answers of the last evaluation; each rung of a climb is a system of its own."""
+    from rung.report.run_reader import read_report_source  # loads torch
+
     rungs = [rung for rung in read_report_source(path).rungs if rung.items]
     if not rungs:
         hint = "rung eval RUN answers the questions of its test split"

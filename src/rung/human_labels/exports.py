@@ -52,7 +52,12 @@ def _scores(data: LabelData) -> dict[str, dict[int, float]]:
             value = OUTCOME_VALUES[comparison.outcome]
             values[vote.item][comparison.first].append(value)
             values[vote.item][comparison.second].append(1.0 - value)
-    return {item: {answer: round(fmean(own), 6) for answer, own in answers.items()} for item, answers in values.items()}
+    # in the order of the items, whoever voted first
+    return {
+        item: {answer: round(fmean(own), 6) for answer, own in sorted(values[item].items())}
+        for item in data.items
+        if item in values
+    }
 
 
 def _columns(item: Item) -> Row:
@@ -115,7 +120,8 @@ def _pairs(data: LabelData) -> Iterator[tuple[Item, int, int, list[tuple[Labeled
     by_pair: dict[tuple[str, int, int], list[tuple[LabeledVote, Comparison]]] = defaultdict(list)
     for vote, comparison in data.comparisons():
         by_pair[vote.item, comparison.first, comparison.second].append((vote, comparison))
-    for (item, first, second), votes in by_pair.items():
+    order = {item: position for position, item in enumerate(data.items)}
+    for (item, first, second), votes in sorted(by_pair.items(), key=lambda pair: (order[pair[0][0]], *pair[0][1:])):
         yield data.items[item], first, second, votes
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rung.errors import DataError
 from rung.human_labels.tasks import LabelKind, Task
-from rung.scoring.pairwise import Outcome
+
+if TYPE_CHECKING:
+    from rung.scoring.pairwise import Outcome  # loads scipy, which the page does not need
 
 SIDES = ("left", "right", "tie", "both_bad")
 """What a comparison may say of the two answers as they are shown."""

@@ -16,13 +16,14 @@ from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from rung import report
+from rung.console import visible
 from rung.human_labels.store import CastVote, LabelStore
 from rung.human_labels.tasks import Slot
 from rung.human_labels.votes import Vote
 from rung.report.formatting import format_duration
-from rung.report.html import html_text
 
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```[ \t]*$|\Z)", re.M | re.S)
 LEAST_TIMED = 3
@@ -147,9 +148,14 @@ def _render(name: str, store: LabelStore, person: int, **values: Any) -> str:
 def environment() -> Environment:
     """The templates of this folder, in which all values are escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=html_text)
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_shown)
     templates.trim_blocks = templates.lstrip_blocks = True
     return templates
+
+
+def _shown(value: Any) -> Any:
+    """Text as `visible` shows it, which the template then escapes; markup of the templates as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
