@@ -83,6 +83,13 @@
     });
   }
 
+  // Who has read what a good answer is need not see it with every task.
+  const guide = document.querySelector(".guide");
+  if (guide) {
+    guide.open = remembered.get("label guide") !== "closed";
+    guide.addEventListener("toggle", () => remembered.set("label guide", guide.open ? "open" : "closed"));
+  }
+
   // Ranks by letters, best first.
   const answers = [...form.querySelectorAll(".answer")];
   const rankOf = (answer) => Number(answer.querySelector(".ranks input:checked")?.value || 0);
@@ -106,7 +113,7 @@
   keys.closest("label").hidden = false;
   keys.checked = remembered.get("label keys") !== "off";
   keys.addEventListener("change", () => remembered.set("label keys", keys.checked ? "on" : "off"));
-  const hint = document.getElementById("rank-hint");
+  const hint = document.getElementById("hint");
   if (hint) hint.hidden = false;
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
