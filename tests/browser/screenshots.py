@@ -31,8 +31,9 @@ ROWS = [
         "prompt": "How do I ask your API for the state of an order? A line of Python would help.",
         "context": 'GET /orders/{number} with the header X-Key returns {"state": ...}',
         "answers": [
-            'Send a GET request with your key:\n\n```python\nrequests.get(f"{base}/orders/4812", headers={"X-Key": key})\n'
-            "```\n\nThe field `state` of the answer has the state.",
+            "Send a GET request with your key:\n\n```python\n"
+            'requests.get(f"{base}/orders/4812", headers={"X-Key": key})\n```\n\n'
+            "The field `state` of the answer has the state.",
             "You can use our API. Please read the documentation, which explains everything that you need to know.",
         ],
     },

@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rung import report
 from rung.console import visible
@@ -25,6 +25,7 @@ from rung.human_labels.tasks import Slot
 from rung.human_labels.votes import Vote
 from rung.report.formatting import format_duration
 
+_NEVER_EDITED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```[ \t]*$|\Z)", re.M | re.S)
 LEAST_TIMED = 3
 """Votes after which the time that is left is shown."""
@@ -39,6 +40,7 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """A text as paragraphs and fenced code; no other markup is read, so mathematics stays as it was written."""
+    text = _unix_lines(text)
     found, end = [], 0
     for fence in _FENCE.finditer(text):
         found += _paragraphs(text[end : fence.start()])
@@ -51,13 +53,26 @@ def _paragraphs(text: str) -> list[Block]:
     return [Block("text", part.strip("\n")) for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
 
 
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def editable(text: str) -> Markup:
+    """A text as a person edits and sends it back: without the characters that `visible` shows as escapes.
+
+    An escape would be stored as a part of the corrected answer. The marks U+061C, U+200E and U+200F stay: Arabic and
+    Hebrew need them, and they turn no other text round.
+    """
+    return escape(_NEVER_EDITED.sub("", _unix_lines(text)))
+
+
 @dataclass(frozen=True)
 class ShownAnswer:
     """An answer as a person sees it."""
 
     letter: str
     blocks: list[Block]
-    text: str
+    editable: Markup
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def task_page(store: LabelStore, person: int, position: int, message: str = "") 
     revision, cast = store.vote(person, position)
     item, kind = slot.task.item, store.settings.kind
     answers = [
-        ShownAnswer(letter, blocks(item.answers[i].text), item.answers[i].text)
+        ShownAnswer(letter, blocks(item.answers[i].text), editable(item.answers[i].text))
         for letter, i in zip(ascii_uppercase, slot.shown, strict=False)
     ]
     turns = [(turn.role, blocks(turn.content)) for turn in item.prompt]
@@ -101,7 +116,7 @@ def task_page(store: LabelStore, person: int, position: int, message: str = "") 
         context=blocks(item.context) if item.context else [],
         answers=answers,
         chosen=_chosen(cast, slot) if cast else {},
-        note=cast.note if cast else "",
+        note=editable(cast.note) if cast else "",
         revision=revision,
         form_token=store.form_token(person),
         message=message,
@@ -109,6 +124,7 @@ def task_page(store: LabelStore, person: int, position: int, message: str = "") 
         kind=kind,
         scale=store.settings.scale,
         previous=position - 1 if position else None,
+        following=position + 1 if position + 1 < len(store.slots[person]) else None,
         can_undo=store.last_position(person) is not None,
     )
 
@@ -124,7 +140,8 @@ def _chosen(cast: CastVote, slot: Slot) -> dict[str, Any]:
             return {"choice": "both_bad" if vote.is_bad else "tie"}
         preferred = vote.outcome.first if vote.outcome.outcome == "first" else vote.outcome.second
         return {"choice": "left" if preferred == slot.shown[0] else "right"}
-    values = {"score": vote.score, "text": vote.text, "skip": vote.kind == "skipped"}
+    text = editable(vote.text) if vote.text else None
+    values = {"score": vote.score, "text": text, "skip": vote.kind == "skipped"}
     return {name: value for name, value in values.items() if value}
 
 

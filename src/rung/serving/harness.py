@@ -3,7 +3,7 @@
 The harness has hundreds of public tasks with prompts, filters and metrics that others compare by. It runs in a process
 of its own (`lm_eval` of this environment, or the one on PATH) and asks `/v1/completions` of a server in this process,
 behind a key that only the two have. It gets the tokenizer of the run, so that texts become the run's tokens. Scores and
-standard errors are the harness's own; `cli.py` calls `evaluate_tasks`.
+standard errors are the harness's own; `cli` calls `evaluate_tasks`.
 """
 
 from __future__ import annotations
