@@ -48,9 +48,8 @@ def label_lines(result: LabelResult) -> list[str]:
 
 
 def _people(people: Sequence[PersonResult]) -> Table:
-    table = empty_table(
-        ["person", "votes", "skipped", "open", "time a vote", "consistent", "prefers the first shown"], 2
-    )
+    heads = ["person", "votes", "skip-\nped", "open", "time\na vote", "consistent\n[95 %]", "prefers the\nfirst shown"]
+    table = empty_table(heads, 1)
     for person in people:
         counts = [f"{person.votes:,}", f"{person.skipped:,}", f"{person.open:,}"]
         shares = [_share(person.consistency), _share(person.shown_first)]
@@ -60,8 +59,14 @@ def _people(people: Sequence[PersonResult]) -> Table:
 
 def _systems(systems: Sequence[SystemStrength]) -> Table:
     has_scores = any(system.mean_score for system in systems)
-    heads = ["system", "comparisons", "wins", "strength (log-odds)", *(["mean score"] if has_scores else [])]
-    table = empty_table(heads, 2)
+    heads = [
+        "system",
+        "compared\npairs",
+        "wins\n[95 %]",
+        "strength\n(log-odds)",
+        *(["mean\nscore"] if has_scores else []),
+    ]
+    table = empty_table(heads, 1)
     digits = decimals([system.strength for system in systems])
     for system in systems:
         strength = format_estimate(system.strength, digits, signed=True) if system.strength else ""
