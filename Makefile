@@ -1,5 +1,5 @@
 # Three commands: `make demo` shows what Rung does, `make test` runs everything CI runs, `make bench` compares its speed.
-.PHONY: demo test coverage oldest soak bench install dev clean
+.PHONY: demo test coverage oldest soak browser bench install dev clean
 .DEFAULT_GOAL := demo
 
 VENV := .venv
@@ -19,6 +19,11 @@ coverage: dev
 
 soak: dev
 	@scripts/check -m soak
+
+# The pages in a browser: Playwright and axe, with a Chromium of this machine (apt-get install chromium, or CHROMIUM=PATH).
+browser: dev
+	@PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 scripts/install $(VENV) browser
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 tests/browser
 
 # The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest:

@@ -63,7 +63,9 @@ def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> I
     ]
     decorators = tuple(ast.unparse(decorator) for decorator in node.decorator_list)
     # the options of a verb are named where they are given; a kernel takes pointers and numbers and no objects
-    is_exempt = any(decorator.startswith(("app.command", "triton.jit")) for decorator in decorators)
+    is_exempt = any(
+        decorator.startswith(("app.command", "label_app.command", "triton.jit")) for decorator in decorators
+    )
     if len(taken) > PARAMETERS and not is_exempt:
         yield f"{name}:{node.lineno} {node.name}: {len(taken)} parameters, at most {PARAMETERS}"
 

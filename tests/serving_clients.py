@@ -20,8 +20,8 @@ from rung.serving.app import make_app
 from rung.serving.catalog import model_names, open_models
 from rung.serving.engine import Engine
 from rung.serving.llama_cpp_model import LlamaCppModel
-from rung.serving.run import QUIET
 from rung.web.header_timeout import HeaderTimeoutProtocol
+from rung.web.server import QUIET
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 

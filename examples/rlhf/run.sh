@@ -3,7 +3,15 @@
 set -e
 rung train examples/rlhf/sft.yaml
 rung generate runs/rlhf/sft --data examples/rlhf/prompts.jsonl --limit 60 --n 4 --distinct --max-new-tokens 40 -o runs/rlhf/candidates.jsonl
-python examples/rlhf/house.py rank runs/rlhf/candidates.jsonl runs/rlhf/ranked.jsonl
+if [ -n "$PEOPLE" ]; then
+    # people rank on a page until they press Ctrl-C here: PEOPLE=2 sh examples/rlhf/run.sh
+    trap : INT # Ctrl-C ends the page and not this script
+    rung label rank runs/rlhf/candidates.jsonl -o runs/rlhf/labels --people "$PEOPLE" --guide "As our shop would write it: right, by name, and short."
+    trap - INT
+    rung label result runs/rlhf/labels --export rated -o runs/rlhf/ranked.jsonl
+else
+    python examples/rlhf/house.py rank runs/rlhf/candidates.jsonl runs/rlhf/ranked.jsonl
+fi
 rung train examples/rlhf/reward.yaml
 rung train examples/rlhf/ppo.yaml
 rung train examples/rlhf/dpo.yaml

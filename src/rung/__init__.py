@@ -73,6 +73,8 @@ _MODULES = {
     "config.training": ("OptimizerConfig", "TrainingConfig"),
     "console": ("Interrupted",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "GateError", "NoSignalError", "PlanError", "RungError"),
+    "human_labels.result": ("label_result",),
+    "labeling.run": ("LabelRequest", "PageRequest", "label"),
     "models.generate": ("Sampling",),
     "planning.advise": ("Advice",),
     "results.base": ("Estimate", "GateResult"),
@@ -81,7 +83,8 @@ _MODULES = {
         *("GenerationResult", "HarnessResult", "MetricComparison"),
     ),
     "results.exports": ("ExportResult", "ExportedFile", "FuseResult", "MergeResult", "PushResult"),
-    "results.ladder": ("Ladder",),
+    "results.labels": ("LabelResult",),
+    "results.ladder": ("HumanPreference", "Ladder"),
     "results.synth": (
         *("ConstitutionResult", "CriticAgreement", "ImproveResult", "ImproveRound"),
         *("RevisionRound", "SynthCost", "SynthResult"),

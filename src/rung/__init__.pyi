@@ -89,6 +89,10 @@ from rung.errors import GateError as GateError
 from rung.errors import NoSignalError as NoSignalError
 from rung.errors import PlanError as PlanError
 from rung.errors import RungError as RungError
+from rung.human_labels.result import label_result as label_result
+from rung.labeling.run import LabelRequest as LabelRequest
+from rung.labeling.run import PageRequest as PageRequest
+from rung.labeling.run import label as label
 from rung.models.generate import Sampling as Sampling
 from rung.planning.advise import Advice as Advice
 from rung.results.base import Estimate as Estimate
@@ -104,6 +108,8 @@ from rung.results.exports import ExportResult as ExportResult
 from rung.results.exports import FuseResult as FuseResult
 from rung.results.exports import MergeResult as MergeResult
 from rung.results.exports import PushResult as PushResult
+from rung.results.labels import LabelResult as LabelResult
+from rung.results.ladder import HumanPreference as HumanPreference
 from rung.results.ladder import Ladder as Ladder
 from rung.results.synth import ConstitutionResult as ConstitutionResult
 from rung.results.synth import CriticAgreement as CriticAgreement

@@ -54,7 +54,12 @@ def test_every_objective_has_a_page(kind: str) -> None:
 
 
 def test_every_verb_in_the_docs_exists() -> None:
-    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"data", "models", "synth"}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {
+        "data",
+        "label",
+        "models",
+        "synth",
+    }
     said = {verb for page in PAGES for verb in re.findall(r"`rung ([a-z]+)", page.read_text())}
     assert said and said <= known, said - known
 

@@ -153,3 +153,44 @@ def test_few_clusters_and_few_disagreements_do_not_narrow_an_interval() -> None:
     few, many = cohen_kappa(same, second, [i // 10 for i in range(40)]), cohen_kappa(same, second)
     assert few.method == "t on clusters" and few.clusters == 4
     assert few.high - few.low > many.high - many.low
+
+
+def scale_agreement(pairs: list[tuple[float, float]], values: list[tuple[float, float]]) -> float:
+    """1 - D_o / D_e from the definition: mean squared distance of pairs over that of pairs by chance."""
+    observed = sum((a - b) ** 2 for a, b in pairs) / len(pairs)
+    return 1 - observed / (sum((a - b) ** 2 for a, b in values) / len(values))
+
+
+def test_kappa_on_a_scale_weights_by_squared_distance() -> None:
+    """Cohen 1968: chance pairs every rating of the first rater with every one of the second."""
+    rng = np.random.default_rng(4)
+    first = [int(x) for x in rng.integers(1, 6, size=60)]
+    second = [min(5, max(1, x + int(d))) for x, d in zip(first, rng.integers(-2, 3, size=60), strict=True)]
+    expected = scale_agreement(list(zip(first, second, strict=True)), [(a, b) for a in first for b in second])
+    found = cohen_kappa(first, second, is_scale=True)
+    assert found.mean == pytest.approx(expected, abs=1e-12)
+    assert found.low < expected < found.high
+    assert abs(found.mean - cohen_kappa(first, second).mean) > 0.1  # without an order it is another number
+
+
+def test_alpha_on_a_scale() -> None:
+    """Krippendorff 2011, part D: chance pairs every two of all pairable values; ratings may be missing."""
+    rng = np.random.default_rng(5)
+    ratings: list[list[int | None]] = []
+    for _ in range(40):
+        base = int(rng.integers(1, 6))
+        item = [min(5, max(1, base + int(rng.integers(-1, 2)))) for _ in range(3)]
+        ratings.append([None if rng.random() < 0.2 else value for value in item])
+    units = [[value for value in item if value is not None] for item in ratings]
+    units = [values for values in units if len(values) > 1]
+    # a unit of m ratings counts m of them, spread over its m (m - 1) ordered pairs
+    n = sum(map(len, units))
+    observed = sum(
+        (a - b) ** 2 / (len(v) - 1) for v in units for i, a in enumerate(v) for k, b in enumerate(v) if i != k
+    )
+    everything = [value for values in units for value in values]
+    chance = sum((a - b) ** 2 for i, a in enumerate(everything) for k, b in enumerate(everything) if i != k) / (n - 1)
+    found = krippendorff_alpha(ratings, is_scale=True)
+    assert found.mean == pytest.approx(1 - observed / chance, abs=1e-12)
+    shifted = [[None if value is None else 10 - 2 * value for value in item] for item in ratings]
+    assert krippendorff_alpha(shifted, is_scale=True).mean == pytest.approx(found.mean, abs=1e-12)

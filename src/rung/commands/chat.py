@@ -2,7 +2,7 @@
 
 Two models answer the same turns, but each remembers its own answers. The base of an adapter run is the same model with
 the adapter switched off; the base of a full run is a second model in memory. The prompt is encoded anew for every
-answer. `cli.py` makes one `Conversation`.
+answer. `cli` makes one `Conversation`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 
 from rung.commands.climb_data import ClimbData
 from rung.commands.climb_models import ClimbModels
+from rung.commands.climb_people import read_people, with_people
 from rung.commands.climb_prompts import ClimbPrompts, RungPrompts
 from rung.commands.climb_results import AnyRung, MeasuredRung, build_ladder, read_result, rung_folder, store_result
 from rung.commands.climb_tokens import ClimbTokens
@@ -64,7 +65,7 @@ from rung.runs.train import StartMode, train_on_data
 from rung.training.memory_use import reset_peak_memory
 from rung.training.run_folder import RunFolder, StopCheck, is_climb, read_manifest, write_json
 
-CHANGEABLE_SETTINGS = ("climb.forgetting", *MOVABLE_SETTINGS)
+CHANGEABLE_SETTINGS = ("climb.forgetting", "evaluation.human", *MOVABLE_SETTINGS)
 """Settings that may differ when a climb is resumed: no finished rung depends on them."""
 
 
@@ -95,6 +96,7 @@ class Climb:
         self._recorded: dict[str, str] = read_manifest(self.path).get("fingerprints", {}) if resume else {}
         self._data, self._models = ClimbData(config), ClimbModels(config, self._recorded)
         self._skipped_rungs: list[SkippedRung] = []
+        self._people = read_people(config)
 
     @property
     def rungs(self) -> tuple[AnyRung, ...]:
@@ -220,6 +222,7 @@ class Climb:
             raise PlanError("no rung could be measured", where=str(self.path), given=self._skipped_rungs[0].why)
         model_facts = read_manifest(self.path).get("models")
         ladder = build_ladder(self.config, measured_rungs, self._skipped_rungs, model_facts)
+        ladder = with_people(ladder, self.config, measured_rungs, self._people)
         return ladder.replace(curve=tuple(self._measured_curve()), forgetting=tuple(self._forgetting_results()))
 
     def _is_measured(self, rung: AnyRung) -> bool:

@@ -2,7 +2,7 @@
 
 Pairing by question removes the variance between questions from the difference, so fewer items are needed than for two
 separate scores. The price is that both systems answer here and now: stored results of another day are not compared.
-Why the judge is part of the task: docs/decisions/0021. `cli.py` and `rung.compare` call `compare`.
+Why the judge is part of the task: docs/decisions/0021. `cli` and `rung.compare` call `compare`.
 """
 
 from __future__ import annotations

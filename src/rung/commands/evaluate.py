@@ -2,7 +2,7 @@
 
 A task is a config: its data, metrics, instruction and context. A run has one of its own, a base needs `--config`. For a
 run the test items are also searched in its training rows (contamination), which means reading the training data again.
-`cli.py` and `rung.evaluate` call `evaluate`; `compare.py` uses the same task for two systems.
+`cli` and `rung.evaluate` call `evaluate`; `compare.py` uses the same task for two systems.
 """
 
 from __future__ import annotations

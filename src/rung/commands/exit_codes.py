@@ -1,7 +1,7 @@
 """How a command ends: the error message and the exit code.
 
 The only place that turns exceptions into exit codes; everything below raises. An error of Rung's own is one message
-without a traceback, any other exception is a bug and shows all of it. `cli.py` runs every command through it.
+without a traceback, any other exception is a bug and shows all of it. `cli` runs every command through it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`rung export`: a run as a GGUF file, an Ollama or vLLM folder, or a merged model, each with a model card.
 
 What is written is proved before it gets its name: GGUF files in llama.cpp (`publish.gguf`), merged models in a fresh
-process (`publish.parity`). A failure leaves nothing behind. `cli.py` and `rung.export` call `export`.
+process (`publish.parity`). A failure leaves nothing behind. `cli` and `rung.export` call `export`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The merge is done in float32 from the base as it was loaded, whatever the run computed in, so the files are twice as
 large as those of a bfloat16 base. The proof loads the written folder with plain transformers in a fresh process and
 compares log-probabilities, which needs memory for two models in turn. A plain LoRA whose base does not fit is merged
-tensor by tensor (`merge_shards.py`). `cli.py` and `rung.merge` call `merge`.
+tensor by tensor (`merge_shards.py`). `cli` and `rung.merge` call `merge`.
 """
 
 from __future__ import annotations

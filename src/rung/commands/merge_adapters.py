@@ -3,7 +3,7 @@
 LoRA runs become a plain LoRA, full runs a full run, or with `--rank` a LoRA. All methods work on the true updates in
 float32, scale times B A: to combine A and B separately, as peft does, adds cross terms that no adapter had. The price
 is a larger rank for the exact sum, or an SVD and a measured loss for everything else. The mathematics is in
-`methods/adapter_merging.py`; `cli.py` and `rung.fuse` call `fuse`. Fused kernels (`models/fused_ops.py`) are something
+`methods/adapter_merging.py`; `cli` and `rung.fuse` call `fuse`. Fused kernels (`models/fused_ops.py`) are something
 else.
 """
 

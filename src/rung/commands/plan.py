@@ -1,7 +1,7 @@
 """`rung plan`: memory and time of a run before anything is loaded.
 
 Imports no torch and reads no weights, so it answers at once and also for models that do not fit here; the price is that
-everything is an estimate. The estimates are in `planning`; `cli.py` and `rung.plan` call `plan`.
+everything is an estimate. The estimates are in `planning`; `cli` and `rung.plan` call `plan`.
 """
 
 from __future__ import annotations

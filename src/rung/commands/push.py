@@ -1,7 +1,7 @@
 """`rung push`: a run or an export as a repository on the Hugging Face hub, with a model card.
 
 A run's adapter or model goes there as the tools of others load it, never its logs, data or answers. Paths of this
-machine are taken out of its files and its card. A dry run needs no network and shows every file and the card. `cli.py`
+machine are taken out of its files and its card. A dry run needs no network and shows every file and the card. `cli`
 and `rung.push` call `push`.
 """
 

@@ -32,7 +32,8 @@ def rung_run_config(
     is_same_method = kind == config.method.kind
     method = {**(base["method"] if is_same_method else {"kind": kind}), **rung.method, "kind": kind}
     training = {**base["training"], **({} if is_same_method else {"learning_rate": None}), **rung.training}
-    evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context)}
+    # labels of people are on the answers of rungs, which no run can see
+    evaluation = {**base["evaluation"], "context": rung.context_of(config.evaluation.context), "human": None}
     sections = {"method": method, "training": training, "evaluation": evaluation, **_own_sections(base, rung)}
     if rung.data:
         # they are chosen on the validation split of the climb, which this run does not have

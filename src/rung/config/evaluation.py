@@ -87,6 +87,9 @@ class EvaluationConfig(Config):
     them are read here again. Default: this process generates them."""
     judge: JudgeConfig | None = None
     """Model that compares two answers, for `rung eval RUN --baseline OTHER`."""
+    human: str | None = Field(default=None, min_length=1)
+    """For `rung climb`: a folder of `rung label`, or a file of labels that another tool exported, in which people
+    compared, ranked or rated the answers of rungs. Their preference stands in the ladder beside the scores."""
 
     def _check(self) -> None:
         if self.server is not None and self.batch != type(self).model_fields["batch"].default:

@@ -103,10 +103,10 @@ def ladder(source: ReportSource) -> LadderTable | None:
     rows = [(rung.label, rung.row) for rung in measured_rungs]
     cut_off = [f"{r.label} {r.cut_off} of {len(r.items)}" for r in measured_rungs if r.cut_off and r.items]
     note = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut_off)}." if cut_off else ""
-    metrics = source.metrics
+    shown_rows, metrics = summaries.with_people(rows, source.metrics)
     # gains are paired differences, which only a finished climb has computed
     unit = summaries.gain_unit(metrics) if source.ladder else None
-    return LadderTable(metrics, unit, tuple(summaries.printed_rungs(rows, metrics, verdict)), note)
+    return LadderTable(tuple(metrics), unit, tuple(summaries.printed_rungs(shown_rows, metrics, verdict)), note)
 
 
 def models(source: ReportSource) -> list[summaries.PrintedModel]:
@@ -171,6 +171,7 @@ def further_findings(source: ReportSource) -> Pairs:
     return {
         "the next rung": ladder.next_rung.text if ladder.next_rung else "",
         "what is forgotten": "; ".join(result.text for result in ladder.forgetting),
+        "what people prefer": "; ".join(summaries.people_lines(ladder.human)),
         "what is missing": "; ".join(diagnosis.text for diagnosis in ladder.diagnoses),
         "not measured": "; ".join(f"{rung.rung}: {rung.why}" for rung in ladder.skipped_rungs),
     }

@@ -31,7 +31,7 @@ from rung.report.run_reader import PERPLEXITY
 from rung.results.base import Estimate, GateResult
 from rung.results.data import ContaminationResult
 from rung.results.evaluation import HarnessScore, RetrievalResult, RewardModelHealth
-from rung.results.ladder import Ladder, LadderModel, LadderRow, Verdict
+from rung.results.ladder import HumanPreference, Ladder, LadderModel, LadderRow, Verdict
 from rung.results.training import LotteryResult, RunResult
 
 Json = Mapping[str, Any]
@@ -72,6 +72,19 @@ class PrintedRung:
 
 
 LabeledRows = Sequence[tuple[str, LadderRow]]
+PEOPLE = "people"
+"""The column of people's preference."""
+
+
+def with_people(rows: LabeledRows, metrics: Sequence[str]) -> tuple[LabeledRows, list[str]]:
+    """The rows and metrics with people's preference as the second column, where there is one."""
+    if all(row.human is None for _, row in rows):
+        return rows, list(metrics)
+    shown = [
+        (label, row.replace(scores={**row.scores, **({PEOPLE: row.human} if row.human is not None else {})}))
+        for label, row in rows
+    ]
+    return shown, [*metrics[:1], PEOPLE, *metrics[1:]]
 
 
 def printed_rungs(rows: LabeledRows, metrics: Sequence[str], verdict: Verdict | None) -> list[PrintedRung]:
@@ -156,6 +169,18 @@ def tried_instructions(row: LadderRow, metrics: Sequence[str]) -> list[TriedInst
         is_chosen = candidate.instruction == row.instruction
         instructions.append(TriedInstruction(candidate.instruction, scores, is_chosen))
     return instructions
+
+
+def people_lines(human: HumanPreference | None) -> list[str]:
+    """Whose preference the column of people is, and where it contradicts the deciding metric."""
+    if human is None:
+        return []
+    votes = f"{human.votes:,} votes of {human.people} {'person' if human.people == 1 else 'people'}"
+    others = (
+        f"; {human.other_votes:,} votes are on answers that the rungs do not give any more" if human.other_votes else ""
+    )
+    first = f"{PEOPLE}: share of comparisons that each rung wins, by {votes} in {human.source}{others}"
+    return [first, *human.conflicts]
 
 
 def gain_unit(metrics: Sequence[str]) -> str:

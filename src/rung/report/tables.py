@@ -54,7 +54,8 @@ _TONE = {"good": "green", "bad": "red", "recommended": "bold green", "safe": "bo
 def ladder_lines(ladder: Ladder) -> list[str]:
     """The ladder, the verdict, the path of the report and next commands."""
     metrics, verdict = list(ladder.rows[0].scores), ladder.verdict
-    rows = summaries.printed_rungs([(row.rung, row) for row in ladder.rows], metrics, verdict)
+    labeled_rows, metrics = summaries.with_people([(row.rung, row) for row in ladder.rows], metrics)
+    rows = summaries.printed_rungs(labeled_rows, metrics, verdict)
     verdict_text = plain(verdict.text, style=_TONE["recommended" if verdict.recommended else "safe"])
     size = f"{ladder.examples} held-out questions in {ladder.clusters} clusters; intervals are 95 %, gains paired"
     skipped = [f"not measured: {rung.rung}, {rung.why}" for rung in ladder.skipped_rungs]
@@ -65,6 +66,7 @@ def ladder_lines(ladder: Ladder) -> list[str]:
     facts = [plain(line, style="dim") for line in lines_of_facts]
     findings = [ladder.next_rung and ladder.next_rung.text, *(d.text for d in ladder.diagnoses)]
     findings += [result.text for result in ladder.forgetting]
+    findings += summaries.people_lines(ladder.human)
     notes = [verdict_text, *(plain(finding) for finding in findings if finding)]
 
     def parts(console: Console) -> list[RenderableType]:

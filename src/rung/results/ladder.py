@@ -6,6 +6,7 @@ from typing import Literal
 
 from rung.results.base import Estimate, Result
 from rung.results.evaluation import MetricComparison, RetrievalResult
+from rung.results.labels import SystemStrength
 
 
 class RungVerdict(Result):
@@ -72,6 +73,8 @@ class LadderRow(Result):
     cut_off: float = 0.0
     """Share of the answers that were cut at `evaluation.max_new_tokens`."""
     scores: dict[str, Estimate] = {}
+    human: Estimate | None = None
+    """With `evaluation.human`: share of its comparisons that people decide for this rung, a tie half."""
     gain: Estimate | None = None
     """Paired difference to the rung below, in points of the deciding metric; None for the lowest."""
     trainable_parameters: int | None = None
@@ -162,6 +165,22 @@ class CurvePoint(Result):
     train_seconds: float | None = None
 
 
+class HumanPreference(Result):
+    """What people prefer among the rungs of a ladder."""
+
+    source: str
+    """The labeling folder, or a file of labels."""
+    people: int
+    votes: int
+    """Votes that compare answers which the rungs give now."""
+    other_votes: int
+    """Votes on answers that the rungs do not give any more; they do not count."""
+    systems: tuple[SystemStrength, ...]
+    """Rungs with a vote, best first."""
+    conflicts: tuple[str, ...] = ()
+    """Pairs of rungs that people surely order otherwise than the deciding metric, each as a sentence."""
+
+
 class Ladder(Result):
     """The result of `rung climb`: the rungs from the lowest to the highest, and the verdict."""
 
@@ -179,5 +198,7 @@ class Ladder(Result):
     diagnoses: tuple[Diagnosis, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     forgetting: tuple[ForgettingResult, ...] = ()
+    human: HumanPreference | None = None
+    """With `evaluation.human`: people's preference beside the scores."""
     folder: str
     report: str

@@ -3,7 +3,7 @@
 The harness has hundreds of public tasks with prompts, filters and metrics that others compare by. It runs in a process
 of its own (`lm_eval` of this environment, or the one on PATH) and asks `/v1/completions` of a server in this process,
 behind a key that only the two have. It gets the tokenizer of the run, so that texts become the run's tokens. Scores and
-standard errors are the harness's own; `cli.py` calls `evaluate_tasks`.
+standard errors are the harness's own; `cli` calls `evaluate_tasks`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from rung.results.evaluation import HarnessResult, HarnessScore
 from rung.runs.artifact import write_tokenizer_files
 from rung.runs.load import config_of_run, refuse_climb, target_kind
 from rung.serving.catalog import is_gguf_file
-from rung.serving.run import QUIET, ServeRequest, listen, opened, require_installed
+from rung.serving.run import ServeRequest, opened, require_installed
 from rung.training.run_folder import RunFolder, read_manifest
+from rung.web.server import QUIET, listen
 
 if TYPE_CHECKING:
     from rung.data.chat import ChatTemplate
@@ -124,7 +125,7 @@ def _served(target: str, key: str) -> Iterator[tuple[int, Engine]]:
     from rung.serving.app import make_app
 
     request = ServeRequest(port=0, max_waiting=2**20)
-    with listen(request) as listening, opened({NAME: target}, request) as (engine, _):
+    with listen(request.host, request.port) as listening, opened({NAME: target}, request) as (engine, _):
         server = uvicorn.Server(uvicorn.Config(make_app(engine, key=key), ws="none", **QUIET))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

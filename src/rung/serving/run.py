@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rung.config.model import ComputeType
 from rung.console import interruptible, print_status, terminable
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "RUNG_SERVE_KEY"
 SHUTDOWN_SECONDS = 60
 """How long a stop waits for the answers that were begun."""
-HEADER_BYTES = 32 * 2**10
-KEEP_ALIVE_SECONDS = 30
-MAX_CONNECTIONS = 1000
-QUIET: dict[str, Any] = {"log_level": "warning", "access_log": False, "log_config": None}
-"""Warnings alone are logged. uvicorn's own logging config would close the handlers of all libraries, and absl's closes
-the stream that it writes to, which may be a notebook's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
     """
     require_installed()
     from rung.web.access import is_loopback
+    from rung.web.server import listen
 
     key = os.environ.get(KEY_VARIABLE) if request.key is None else request.key
     if key is not None and not key.strip():
@@ -65,7 +60,7 @@ def serve(targets: Sequence[str], request: ServeRequest) -> None:
     if key is None and not is_loopback(request.host):
         hint = f"set --key or {KEY_VARIABLE}"
         raise ConfigError("other machines may ask only with a key", where="--host", given=request.host, hint=hint)
-    with listen(request) as listening:  # before minutes of loading
+    with listen(request.host, request.port) as listening:  # before minutes of loading
         _serve_at(listening, targets, request, key)
 
 
@@ -81,15 +76,12 @@ def _serve_at(listening: socket.socket, targets: Sequence[str], request: ServeRe
 
     from rung.serving.app import make_app
     from rung.serving.catalog import model_names
-    from rung.web.header_timeout import HeaderTimeoutProtocol
+    from rung.web.server import server_options
 
     # streams that were begun are finished: by default sse-starlette would end them at SIGTERM
     AppStatus.enable_automatic_graceful_drain = False
-    options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "limit_concurrency": MAX_CONNECTIONS}
-    options |= {**QUIET, "h11_max_incomplete_event_size": HEADER_BYTES}
-    options |= {"timeout_graceful_shutdown": SHUTDOWN_SECONDS, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
     with terminable(), opened(model_names(targets), request) as (engine, files):
-        server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **options))
+        server = uvicorn.Server(uvicorn.Config(make_app(engine, files, key), **server_options(SHUTDOWN_SECONDS)))
         names = ", ".join([*engine.models, *files])
         print_status(f"serving {names} at http://{request.host}:{request.port}/v1")
 
@@ -127,13 +119,3 @@ def opened(targets: Mapping[str, str], request: ServeRequest) -> Iterator[tuple[
             stack.callback(files[name].close)
             print_status(f"{name}: llama.cpp, {files[name].context:,} tokens a request")
         yield Engine(open_models(others, request.dtype), **limits), files
-
-
-def listen(request: ServeRequest) -> socket.socket:
-    """The socket of the server. Raises `ConfigError` for an address that cannot be listened at."""
-    family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
-    try:
-        return socket.create_server((request.host, request.port), family=family)
-    except OSError as error:
-        summary = f"nothing can listen at this address: {error.strerror or error}"
-        raise ConfigError(summary, where="--host, --port", given=f"{request.host}:{request.port}") from error

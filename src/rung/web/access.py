@@ -1,8 +1,8 @@
-"""Who may ask: a key, or, without one, programs of this machine alone.
+"""Who may ask: a key, or, without one, programs of this machine or pages under known names.
 
-A page in somebody's browser can send requests to a server on the same machine. So without a key the `Host` must name
-this machine, which a domain that was bound to 127.0.0.1 does not, and an `Origin` must be one of this machine too.
-Sizes are bounded before anything is parsed.
+A page in somebody's browser can send requests to a server on the same machine. So without a key the `Host` must be a
+known name, by default one of this machine, which a domain that was bound to 127.0.0.1 (DNS rebinding) is not, and an
+`Origin` must be known too. Sizes are bounded before anything is parsed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,19 @@ class AccessError(Exception):
 class AccessControl:
     """ASGI middleware: refuses requests that may not ask, and bodies that are too large.
 
-    `refuse` makes the response to an error. A body that turns out too large while it is read raises `AccessError` in
+    `refuse` makes the response to an error; `is_known_host` says under which host names requests without a key are
+    answered. A body that turns out too large while it is read raises `AccessError` in
     the application.
     """
 
-    def __init__(self, app: ASGIApp, refuse: Callable[[AccessError], Response], key: str | None = None) -> None:
-        self.app, self.refuse, self.key = app, refuse, key
+    def __init__(
+        self,
+        app: ASGIApp,
+        refuse: Callable[[AccessError], Response],
+        key: str | None = None,
+        is_known_host: Callable[[str], bool] = is_loopback,
+    ) -> None:
+        self.app, self.refuse, self.key, self.is_known_host = app, refuse, key, is_known_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer that it may not ask."""
@@ -65,10 +72,11 @@ class AccessControl:
         if length.isdecimal() and int(length) > MAX_BODY_BYTES:
             return AccessError(TOO_LARGE, 413)
         if self.key is None:
-            if not is_loopback(_host(headers.get("host", ""))):
-                return AccessError("without a key this server answers this machine alone", 403)
-            if (origin := headers.get("origin")) is not None and not is_loopback(_host(origin.partition("//")[2])):
-                return AccessError("without a key this server answers no pages of other hosts", 403)
+            if not self.is_known_host(_host(headers.get("host", ""))):
+                return AccessError("this server does not answer under this host name", 403)
+            origin = headers.get("origin")
+            if origin is not None and not self.is_known_host(_host(origin.partition("//")[2])):
+                return AccessError("this server answers no pages of other hosts", 403)
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # headers come as latin-1, whatever bytes they are

@@ -10,11 +10,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import typer
 
 from rung import __version__
+from rung.cli.label import label_app
+from rung.cli.options import AsJson, show_result
 from rung.commands.exit_codes import exit_code_of, exit_process
 from rung.console import print_lines
 from rung.errors import REFUSED, ConfigError, PlanError, did_you_mean
@@ -32,13 +34,13 @@ synth_app = typer.Typer(help="Make training data with a model.", no_args_is_help
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(synth_app, name="synth")
+app.add_typer(label_app, name="label")
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, for example training.epochs=2", metavar="[KEY=VALUE]...")
 ]
 Run = Annotated[str, typer.Argument(help="Run folder, or name of a base model.", metavar="RUN")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run in the output folder and start a new one.")
@@ -60,7 +62,7 @@ def models(context: typer.Context, as_json: AsJson = False) -> None:
         f"\n    {base['note']}"
         for base in bases
     ]
-    _show({"models": bases}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
+    show_result({"models": bases}, [*lines, "Also: any transformers folder, GGUF file, run folder or hub id."], as_json)
 
 
 @models_app.command()
@@ -76,7 +78,7 @@ def fetch(
         hint = f"did you mean {suggestion}?" if suggestion else None
         raise ConfigError("no such base", given=name, allowed=", ".join(CATALOG), hint=hint)
     path = download_base(name)
-    _show({"path": str(path)}, [f"{name} is in {path}"], as_json)
+    show_result({"path": str(path)}, [f"{name} is in {path}"], as_json)
 
 
 @data_app.command("check")
@@ -93,7 +95,7 @@ def data_check(
     from rung.commands.data_check import check_data
 
     report, lines = check_data(file, show=show, model=model)
-    _show(report, lines, as_json)
+    show_result(report, lines, as_json)
     if report["rejected"]:
         raise typer.Exit(2)
 
@@ -119,7 +121,7 @@ def plan(
 
     settings = overrides or ()
     advice = make_plan(config, overrides=settings, memory=memory, device=device, devices=devices, tokens=tokens)
-    _show(advice.to_json(), plan_lines(advice, config), as_json)
+    show_result(advice.to_json(), plan_lines(advice, config), as_json)
     if advice.plan.fits is False:
         raise typer.Exit(REFUSED)
 
@@ -146,10 +148,10 @@ def train(
 
     if dry_run:
         preview_result = preview(run_config)
-        return _show(preview_result.to_json(), dry_run_lines(preview_result), as_json)
+        return show_result(preview_result.to_json(), dry_run_lines(preview_result), as_json)
     result = train_run(run_config, resume=resume, overwrite=overwrite, beyond_memory=beyond_memory)
     if result.report is not None:  # with several processes only rank 0 prints
-        _show(result.to_json(), run_lines(result, result.path, result.report), as_json)
+        show_result(result.to_json(), run_lines(result, result.path, result.report), as_json)
 
 
 @app.command()
@@ -164,7 +166,7 @@ def climb(
     from rung.report.tables import ladder_lines
 
     ladder = run_climb(run_config, overwrite=overwrite)
-    _show(ladder.to_json(), ladder_lines(ladder), as_json)
+    show_result(ladder.to_json(), ladder_lines(ladder), as_json)
 
 
 @app.command("eval")
@@ -215,16 +217,16 @@ def evaluate(  # noqa: PLR0913 -- options of a command line, each named where it
         from rung.commands.forgetting import measure_forgetting
 
         change = measure_forgetting(target, forgetting, limit=limit)
-        return _show(change.to_json(), forgetting_lines(change), as_json)
+        return show_result(change.to_json(), forgetting_lines(change), as_json)
     if baseline is not None:
         from rung.commands.compare import compare
 
         comparison = compare(target, baseline, config=config, overrides=overrides or (), limit=limit, output=output)
-        return _show(comparison.to_json(), comparison_lines(comparison), as_json)
+        return show_result(comparison.to_json(), comparison_lines(comparison), as_json)
     from rung.commands.evaluate import evaluate as evaluate_target
 
     result = evaluate_target(target, config=config, overrides=overrides or (), limit=limit)
-    _show(result.to_json(), score_lines(result), as_json)
+    show_result(result.to_json(), score_lines(result), as_json)
 
 
 @app.command()
@@ -305,7 +307,7 @@ def generate(  # noqa: PLR0913 -- options of a command line, each named where it
     if result.nothing_to_compare:
         line += f"; {result.nothing_to_compare:,} prompts left out, whose answers score alike"
     means = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result.means.items())
-    _show(result.to_json(), [line, f"mean of an answer: {means}"], as_json)
+    show_result(result.to_json(), [line, f"mean of an answer: {means}"], as_json)
 
 
 @synth_app.command()
@@ -333,10 +335,10 @@ def teach(
     loaded = cast(TeachRunConfig, load_synth_config(config, overrides or (), verb="teach"))
     if preview is not None:
         rows, rejected = preview_rows(loaded, preview)
-        _show({"rows": rows, "rejected": rejected}, preview_lines(rows, rejected), as_json)
+        show_result({"rows": rows, "rejected": rejected}, preview_lines(rows, rejected), as_json)
         return
     result = teach_rows(loaded, overwrite=overwrite)
-    _show(result.to_json(), synth_lines(result), as_json)
+    show_result(result.to_json(), synth_lines(result), as_json)
     if result.wanted is not None and result.rows < result.wanted:
         raise typer.Exit(REFUSED)
 
@@ -364,10 +366,10 @@ def improve(
     if preview is not None:
         sampled = Improvement(loaded).preview(preview)
         rows = [{"question": q.record.question, "answers": q.answers, "accepted": q.accepted} for q in sampled]
-        _show({"questions": rows}, sampled_lines(rows), as_json)
+        show_result({"questions": rows}, sampled_lines(rows), as_json)
         return
     result = improve_model(loaded)
-    _show(result.to_json(), improve_lines(result), as_json)
+    show_result(result.to_json(), improve_lines(result), as_json)
 
 
 @synth_app.command()
@@ -395,10 +397,10 @@ def constitution(
     loaded = cast(ConstitutionRunConfig, load_synth_config(config, overrides or (), verb="constitution"))
     if preview is not None:
         answers = preview_answers(loaded, preview)
-        _show({"answers": answers}, revision_lines(answers), as_json)
+        show_result({"answers": answers}, revision_lines(answers), as_json)
         return
     result = revise(loaded, overwrite=overwrite)
-    _show(result.to_json(), constitution_lines(result), as_json)
+    show_result(result.to_json(), constitution_lines(result), as_json)
     if result.critic is not None and not result.critic.trusted:
         raise typer.Exit(REFUSED)
 
@@ -422,7 +424,7 @@ def merge(
     lines = [f"merged into {folder}", f"{result.measure}: {result.difference:.2e}"]
     if original:
         lines.append(f"largest difference to the run on its quantized base: {result.moved_from_run:.2e}")
-    _show(result.to_json(), lines, as_json)
+    show_result(result.to_json(), lines, as_json)
 
 
 @app.command()
@@ -454,7 +456,7 @@ def export(
     is_given = types is not None or adapter or measure is not None
     gguf = GgufRequest(names if types is not None else (), adapter, measure) if is_given else None
     result = export_run(target, folder, ExportRequest(kind, gguf))
-    _show(result.to_json(), export_lines(result), as_json)
+    show_result(result.to_json(), export_lines(result), as_json)
 
 
 @app.command()
@@ -471,7 +473,7 @@ def push(
     from rung.report.tables import push_lines
 
     result = push_target(target, repository, PushRequest(is_public=public, is_dry_run=dry_run))
-    _show(result.to_json(), push_lines(result), as_json)
+    show_result(result.to_json(), push_lines(result), as_json)
 
 
 @app.command()
@@ -495,7 +497,7 @@ def fuse(
     result = fuse_runs(runs, folder, plan)
     shares = ", ".join(f"{run.name} {weight:g}" for run, weight in zip(runs, result.weights, strict=True))
     lost = f"lost to the rank of the result: {result.lost:.2%} of the update's norm"
-    _show(result.to_json(), [f"fused into {folder}: {shares}", lost], as_json)
+    show_result(result.to_json(), [f"fused into {folder}: {shares}", lost], as_json)
 
 
 def _evaluate_tasks(
@@ -515,7 +517,7 @@ def _evaluate_tasks(
         raise ConfigError("no task is named", where="--tasks", given=repr(tasks))
     request = HarnessRequest(names, include_path, limit, shots, chat_template)
     result = evaluate_tasks(target, request)
-    _show(result.to_json(), harness_lines(result), as_json)
+    show_result(result.to_json(), harness_lines(result), as_json)
 
 
 @app.command()
@@ -526,7 +528,7 @@ def report(
     from rung.report.html import write_report
 
     path = write_report(folder)
-    _show({"report": str(path)}, [str(path)], as_json)
+    show_result({"report": str(path)}, [str(path)], as_json)
 
 
 @app.command()
@@ -544,7 +546,7 @@ def show(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 
     loaded = load_config(config, overrides or ())
     value = {"config": config_to_dict(loaded.config), "origins": dict(loaded.origins)}
-    _show(value, describe_config(loaded).rstrip("\n").split("\n"), as_json)
+    show_result(value, describe_config(loaded).rstrip("\n").split("\n"), as_json)
 
 
 def _version(requested: bool) -> None:
@@ -577,9 +579,3 @@ def main(arguments: list[str] | None = None) -> None:
 def _exit_code(arguments: list[str]) -> int:
     # standalone_mode=False: click would print errors and exit by itself
     return exit_code_of(lambda: app(arguments, standalone_mode=False), as_json="--json" in arguments)
-
-
-def _show(value: Any, lines: list[str], as_json: bool) -> None:
-    """Print one JSON object, or lines for people."""
-    # default=str: paths, for example, have no JSON form
-    print_lines([json.dumps(value, indent=2, default=str)] if as_json else lines)
