@@ -236,6 +236,7 @@ def test_the_command(candidates: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 0 and "1 rows in" in out and len(output.read_text().splitlines()) == 1, err
     for options, message in (
         (("result", candidates), "no labels of people"),
+        (("result", candidates.parent / "nowhere"), "no labels are here"),
         (("result", folder, "--export", "preference", "-o", output), "exists already"),
         (("result", folder, "--export", "sql", "-o", "x"), "no such export"),
         (("compare", candidates, "-o", folder, "--people", "9"), "another people"),

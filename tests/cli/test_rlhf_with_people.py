@@ -40,7 +40,7 @@ def test_a_person_ranks_and_a_policy_learns(tiny_base: Path, tmp_path: Path, cap
             ranks = {f"rank_{place}": 1 + sorted(set(worth)).index(value) for place, value in enumerate(worth)}
             page = person.vote(**ranks)
     code, out, err = inside(capsys, "label", "result", "labels", "--export", "rated", "-o", "runs/rlhf/ranked.jsonl")
-    assert code == 0 and "6 votes of 1 people" in out, err
+    assert code == 0 and "6 votes of 1 person" in out, err
     for name in runs[1:]:
         steps = ("training.max_steps=1", "training.examples_per_step=2") if name == "ppo" else few
         # six rankings of noise teach a reward model nothing, which its gate says

@@ -17,7 +17,9 @@ SHOWN_DISAGREEMENTS = 5
 
 def label_lines(result: LabelResult) -> list[str]:
     """Counts, people, agreement, systems and disagreements."""
-    lines = [f"{result.kind}: {result.votes:,} votes of {len(result.people)} people on {result.tasks:,} tasks"]
+    people = len(result.people)
+    who = f"{people} {'person' if people == 1 else 'people'}"
+    lines = [f"{result.kind}: {result.votes:,} votes of {who} on {result.tasks:,} tasks"]
     if result.gold + result.undecided:
         lines[0] += (
             f"; of {result.gold + result.undecided:,} that two people or more judged, {result.gold:,} have a majority"

@@ -53,6 +53,9 @@ def label_result(
 def read_labels(source: str | Path) -> LabelData:
     """The votes of a folder, or of a file of another tool."""
     folder = Path(source)
+    if not folder.exists():
+        hint = "a folder of rung label, or a file that another tool exported"
+        raise ConfigError("no labels are here", where=str(source), hint=hint)
     if is_label_folder(folder) or folder.is_dir():
         return read_label_folder(folder)
     return read_exchange_file(folder)

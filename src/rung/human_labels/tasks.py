@@ -82,7 +82,8 @@ def assign(tasks: Sequence[Task], people: int, overlap: float, repeat: float, se
 def _slots(tasks: Sequence[Task], person: int, repeat: float, seed: int) -> list[Slot]:
     ordered = sorted(tasks, key=lambda task: _draw(seed, "order", person, task.id))
     slots = [Slot(task, shown) for task, shown in zip(ordered, _shown_orders(ordered, person, seed), strict=True)]
-    n, count = len(slots), math.ceil(repeat * len(slots) - 1e-9)
+    # rounded: of a list of a few tasks none comes again, which a person would see at once
+    n, count = len(slots), math.floor(repeat * len(slots) + 0.5)
     drawn = sorted(range(n), key=lambda i: _draw(seed, "repeat", person, ordered[i].id))[:count]
     # spread over the second half, so that a person cannot tell where the repeats begin
     places = {i: max(i + 0.5, n - number * n / (2 * count)) for number, i in enumerate(sorted(drawn, reverse=True))}

@@ -138,7 +138,8 @@ def _print_notes(kind: LabelKind, items: Sequence[Any], tasks: Sequence[Any]) ->
         print_status(f"{alone} of {len(items)} items have fewer than {LEAST_ANSWERS[kind]} distinct answers: not asked")
     if naming := items_that_name_models(items):
         print_status(f"{len(naming)} items have an answer that names a model, which is not blind (first: {naming[0]})")
-    print_status(f"{len(tasks)} tasks from {len({task.item.id for task in tasks})} items")
+    asked = len({task.item.id for task in tasks})
+    print_status(f"{len(tasks):,} task{'s' * (len(tasks) > 1)} from {asked:,} item{'s' * (asked > 1)}")
 
 
 def _require_installed() -> None:
