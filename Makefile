@@ -23,7 +23,7 @@ soak: dev
 # The pages in a browser: Playwright and axe, with a Chromium of this machine (apt-get install chromium, or CHROMIUM=PATH).
 browser: dev
 	@PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 scripts/install $(VENV) browser
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 tests/browser
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/browser
 
 # The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest:

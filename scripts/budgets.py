@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 500, 60, 8, 15
-MORE_FIELDS = {"DataConfig": 16}
-"""Configs with more fields: what becomes of a row is one decision after the other, and a group of some of them would
-only hide where the others are."""
+MORE_FIELDS = {"DataConfig": 16, "EvaluationConfig": 16}
+"""Configs with more fields: what becomes of a row, and how an answer is made and judged, is one decision after the
+other, and a group of some of them would only hide where the others are."""
 SOURCE = Path(__file__).parent.parent / "src" / "rung"
 BASES = {
     *("Protocol", "PolicyMethod", "Method", "Objective", "Config", "Result", "BaseModel", "Module", "Function"),

@@ -42,7 +42,7 @@ _MODULES = {
         *("RevisionFiltersConfig", "RevisionsConfig", "WriterConfig"),
     ),
     "config.data": ("DataConfig", "WeightedPath"),
-    "config.evaluation": ("EvaluationConfig", "RetrievalConfig"),
+    "config.evaluation": ("ChoicesConfig", "EvaluationConfig", "RetrievalConfig"),
     "config.io": ("load_config", "load_synth_config"),
     "config.judge": ("JudgeConfig",),
     "config.method": (

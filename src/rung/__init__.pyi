@@ -30,6 +30,7 @@ from rung.config.constitution import RevisionsConfig as RevisionsConfig
 from rung.config.constitution import WriterConfig as WriterConfig
 from rung.config.data import DataConfig as DataConfig
 from rung.config.data import WeightedPath as WeightedPath
+from rung.config.evaluation import ChoicesConfig as ChoicesConfig
 from rung.config.evaluation import EvaluationConfig as EvaluationConfig
 from rung.config.evaluation import RetrievalConfig as RetrievalConfig
 from rung.config.io import load_config as load_config

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +26,13 @@ from browser.chromium import (  # noqa: E402 -- after the modules without which 
     chromium_path,
     context_options,
     goes_on,
+    label_command,
+    label_page,
     made,
     press,
     qualities,
     until_read,
 )
-from label_person import label_command, label_page  # noqa: E402
 from rung.human_labels.store import CastVote, LabelStore  # noqa: E402
 
 AXE = (Path(axe_package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
@@ -77,6 +79,10 @@ def open_page(browser: Any) -> Open:
     return opened
 
 
+def one_row(*answers: str) -> list[dict[str, Any]]:
+    return [{"prompt": "Where is my parcel?", "context": "Order 4812, shipped on 3 July.", "answers": answers}]
+
+
 def by_position(store: LabelStore) -> list[CastVote]:
     return sorted(store.votes(), key=lambda vote: (vote.person, vote.position))
 
@@ -92,7 +98,7 @@ def test_two_people_rank_twenty_items_each(open_page: Open, tmp_path: Path, size
     with label_page(store) as people:
         with open_page(size, theme) as watched:
             page = watched.page
-            page.goto(people[0].link)
+            page.goto(people[0])
             for _ in range(20):
                 shown = qualities(page)
                 for rank, quality in enumerate((3, 2, 1, 0), 1):
@@ -105,7 +111,7 @@ def test_two_people_rank_twenty_items_each(open_page: Open, tmp_path: Path, size
             assert page.url.endswith("/done") and "20 of 20" in page.inner_text("header")
         with open_page(size, theme) as watched:
             page = watched.page
-            page.goto(people[1].link)
+            page.goto(people[1])
             for _ in range(20):
                 letters = dict(zip(qualities(page), "abcd", strict=True))
                 for key in (letters[3], f"Shift+{letters[2].upper()}", letters[1], letters[0]):
@@ -130,9 +136,9 @@ def test_comparing(open_page: Open, tmp_path: Path, size: str, theme: str) -> No
         return "1" if first > second else "2"
 
     store = made(tmp_path, "compare", prompts=6, answers=2)
-    with label_page(store) as (person,), open_page(size, theme) as watched:
+    with label_page(store) as (link,), open_page(size, theme) as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         goes_on(page, lambda: page.keyboard.press(better(page)))
         name = {"1": "A is better", "2": "B is better"}[better(page)]
         goes_on(page, lambda: press(page, size, page.get_by_role("button", name=name)))
@@ -148,11 +154,12 @@ def test_comparing(open_page: Open, tmp_path: Path, size: str, theme: str) -> No
         assert by_position(store)[4].vote.kind == "skipped"
         goes_on(page, lambda: page.get_by_role("link", name="Task 5").click())
         assert page.get_by_role("button", name="Skip").get_attribute("aria-pressed") == "true"
-        assert page.get_by_label("A note on this task").input_value().startswith("1 2 3")
+        assert page.get_by_label("A note on this task").input_value().startswith("1 2 3 s u")
         goes_on(page, lambda: page.keyboard.press(better(page)))
+        assert [vote.note for vote in by_position(store)] == ["", "", "", "", "1 2 3 s u: keys are text here", ""]
         goes_on(page, lambda: page.goto(page.url.replace("/done", "/task/1")))
         assert page.locator("[aria-pressed=true]").get_attribute("data-key") == better(page)
-        goes_on(page, lambda: page.get_by_role("link", name="Task after").click())
+        goes_on(page, lambda: page.get_by_role("link", name="Next task").click())
         goes_on(page, lambda: page.keyboard.press("u"))
         assert page.url.endswith("/task/5") and len(store.votes()) == 5
         goes_on(page, lambda: press(page, size, page.get_by_role("button", name="Undo")))
@@ -169,16 +176,15 @@ def test_comparing(open_page: Open, tmp_path: Path, size: str, theme: str) -> No
         else:
             preferred = said.first if said.outcome == "first" else said.second
             assert quality_of_answer(store, vote, preferred) == 1
-    assert [vote.note for vote in by_position(store)] == ["", "", "", "", "1 2 3 s u: keys are text here", ""]
     store.close()
 
 
 @pytest.mark.parametrize(("size", "theme"), VARIANTS[::3])
 def test_rating_and_correcting(open_page: Open, tmp_path: Path, size: str, theme: str) -> None:
     store = made(tmp_path, "rate", prompts=2, answers=2)
-    with label_page(store) as (person,), open_page(size, theme) as watched:
+    with label_page(store) as (link,), open_page(size, theme) as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         for way in ("key", "press", "key", "press"):
             score = qualities(page)[0] + 4
             if way == "key":
@@ -192,9 +198,9 @@ def test_rating_and_correcting(open_page: Open, tmp_path: Path, size: str, theme
     store.close()
 
     store = made(tmp_path, "correct", prompts=2, answers=2)
-    with label_page(store) as (person,), open_page(size, theme) as watched:
+    with label_page(store) as (link,), open_page(size, theme) as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         page.get_by_role("button", name="Edit this answer").last.click()
         box = page.get_by_label("Your answer")
         assert box.input_value() == page.locator(".answer .text").last.inner_text()
@@ -211,9 +217,9 @@ def test_rating_and_correcting(open_page: Open, tmp_path: Path, size: str, theme
 def test_what_nobody_meant_is_no_vote(open_page: Open, tmp_path: Path) -> None:
     """A double click, a key that is held down, Enter on a box, and keys that are switched off."""
     store = made(tmp_path, "compare", prompts=6, answers=2)
-    with label_page(store) as (person,), open_page() as watched:
+    with label_page(store) as (link,), open_page() as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         goes_on(page, lambda: page.get_by_role("button", name="A is better").dblclick())
         page.keyboard.down("1")  # in the same place of time: the page has just come
         for _ in range(20):
@@ -221,11 +227,11 @@ def test_what_nobody_meant_is_no_vote(open_page: Open, tmp_path: Path) -> None:
             time.sleep(0.03)
         page.keyboard.up("1")
         assert page.url.endswith("/task/2") and len(store.votes()) == 1
-        page.get_by_label("Single keys vote").press("Enter")
-        page.get_by_label("Single keys vote").uncheck()
+        page.get_by_label("Keyboard shortcuts").press("Enter")
+        page.get_by_label("Keyboard shortcuts").uncheck()
         page.keyboard.press("1")
         page.reload()
-        assert not page.get_by_label("Single keys vote").is_checked()
+        assert not page.get_by_label("Keyboard shortcuts").is_checked()
         until_read(page)
         page.keyboard.press("1")
         time.sleep(0.2)
@@ -239,9 +245,9 @@ def test_ranks_are_taken_back_and_stored_ranks_are_shown(open_page: Open, tmp_pa
         return [each.get_attribute("value") if each.count() else None for each in checked]
 
     store = made(tmp_path, "rank", prompts=2)
-    with label_page(store) as (person,), open_page() as watched:
+    with label_page(store) as (link,), open_page() as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         for key in "cab":
             page.keyboard.press(key)
         assert ranks(page) == ["2", "3", "1", None]
@@ -259,7 +265,7 @@ def test_ranks_are_taken_back_and_stored_ranks_are_shown(open_page: Open, tmp_pa
         page.reload()
         assert ranks(page) == ["2", "3", "1", "1"]  # the draft
         goes_on(page, lambda: page.keyboard.press("Control+Enter"))
-        goes_on(page, lambda: page.get_by_role("link", name="Task before").click())
+        goes_on(page, lambda: page.get_by_role("link", name="Previous task").click())
         assert ranks(page) == ["2", "3", "1", "1"] and page.get_by_label("None of them is good").is_checked()
         assert page.locator(".answer.ranked").count() == 4 and "You answered this task" in page.inner_text("main")
         page.keyboard.press("Backspace")
@@ -271,7 +277,7 @@ def test_two_tabs_and_two_people_in_one_browser(open_page: Open, tmp_path: Path)
     store = made(tmp_path, "compare", prompts=4, answers=2, people=2, overlap=1.0)
     with label_page(store) as people, open_page() as watched:
         page = watched.page
-        page.goto(people[0].link)
+        page.goto(people[0])
         other = page.context.new_page()
         other.goto(page.url)
         goes_on(page, lambda: page.keyboard.press("1"))
@@ -282,7 +288,8 @@ def test_two_tabs_and_two_people_in_one_browser(open_page: Open, tmp_path: Path)
         assert other.locator("[aria-pressed=true]").get_attribute("data-key") == "1"
         goes_on(other, lambda: other.keyboard.press("2"))  # now it is known what is replaced
         assert store.vote(0, 0)[0] == 2
-        page.goto(people[1].link)  # the cookie is that of the second person now
+        page.goto(people[1])  # the cookie is that of the second person now
+        until_read(other)
         other.keyboard.press("1")
         other.get_by_role("alert").get_by_text("another person").wait_for()
         assert len(store.votes()) == 1
@@ -291,9 +298,9 @@ def test_two_tabs_and_two_people_in_one_browser(open_page: Open, tmp_path: Path)
 
 def test_a_text_that_is_refused_is_kept(open_page: Open, tmp_path: Path) -> None:
     store = made(tmp_path, "correct", prompts=2, answers=1)
-    with label_page(store) as (person,), open_page() as watched:
+    with label_page(store) as (link,), open_page() as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         other = page.context.new_page()
         other.goto(page.url)
         page.get_by_label("Your answer").fill("first")
@@ -316,16 +323,16 @@ def test_a_server_that_is_away_gets_the_vote_later(open_page: Open, tmp_path: Pa
     folder = tmp_path / "labels-compare"
     with open_page() as watched:
         page = watched.page
-        with label_command("compare", "-o", folder) as (process, (person,)):
-            page.goto(person.link)
+        with label_command("compare", "-o", folder) as (process, link):
+            page.goto(link)
             until_read(page)
             process.send_signal(signal.SIGTERM)
             process.wait(20)
         page.keyboard.press("1")
         page.get_by_role("alert").get_by_text("Not stored yet").wait_for()
-        port = person.link.split(":")[2].split("/")[0]
-        with label_command("compare", "-o", folder, "--port", port) as (_, (again,)):
-            assert again.link == person.link
+        port = link.split(":")[2].split("/")[0]
+        with label_command("compare", "-o", folder, "--port", port) as (_, again):
+            assert again == link
             page.wait_for_url("**/task/2", timeout=30_000)
             store = LabelStore.open(folder, is_read_only=True)
             assert len(store.votes()) == 1 and store.vote(0, 0)[0] == 1
@@ -344,9 +351,9 @@ def test_a_reply_that_is_lost(open_page: Open, tmp_path: Path) -> None:
         else:
             route.continue_()
 
-    with label_page(store) as (person,), open_page() as watched:
+    with label_page(store) as (link,), open_page() as watched:
         page = watched.page
-        page.goto(person.link)
+        page.goto(link)
         page.route(
             "**/task/1", lambda route: lose_first(route) if route.request.method == "POST" else route.continue_()
         )
@@ -367,10 +374,10 @@ def test_a_reply_that_is_lost(open_page: Open, tmp_path: Path) -> None:
 def test_axe_finds_nothing_and_nobody_scrolls_sideways(open_page: Open, tmp_path: Path, size: str, theme: str) -> None:
     """Tasks of each kind with long, right-to-left, code and unbroken answers; messages; the end."""
     for kind in ("rank", "compare", "rate", "correct"):
-        store = made(tmp_path / kind, kind, prompts=1, texts=SPECIAL, guide="Short and right is good.\n\nLong is not.")
-        with label_page(store) as (person,), open_page(size, theme) as watched:
+        store = made(tmp_path / kind, kind, rows=one_row(*SPECIAL), guide="Short and right is good.\n\nLong is not.")
+        with label_page(store) as (link,), open_page(size, theme) as watched:
             page = watched.page
-            home = person.link.split("/enter")[0]
+            home = link.split("/enter")[0]
 
             def is_good(watched: Watched = watched, page: Any = page) -> None:
                 for width in (SIZES[size]["width"], *([320] if size == "phone" else [])):
@@ -383,7 +390,7 @@ def test_axe_finds_nothing_and_nobody_scrolls_sideways(open_page: Open, tmp_path
                     page.goto(home + path)
                     assert title in page.inner_text("h1")
                     is_good()
-            page.goto(person.link)
+            page.goto(link)
             for number in range(1, min(len(store.slots[0]), 4) + 1):
                 page.goto(f"{home}/task/{number}")
                 is_good()
@@ -399,41 +406,56 @@ def test_axe_finds_nothing_and_nobody_scrolls_sideways(open_page: Open, tmp_path
         store.close()
 
 
-def test_nothing_moves_and_the_actions_hide_nothing(open_page: Open, tmp_path: Path) -> None:
-    """No layout shift, a focus that is not behind the actions, and targets of 44 pixels."""
-    store = made(tmp_path, "rank", prompts=1, texts=SPECIAL)
-    with label_page(store) as (person,), open_page("phone") as watched:
+SMALL_TARGETS = (
+    "[...document.querySelectorAll('button, summary, nav a, .ranks label, .check')].filter(each => "
+    "each.checkVisibility() && each.getBoundingClientRect().height < 44).map(each => each.outerHTML)"
+)
+LAYOUT_SHIFT = (
+    "window.shift = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => "
+    "{ window.shift += entry.value; })).observe({type: 'layout-shift', buffered: true});"
+)
+FOCUS_AND_ACTIONS = (
+    "(() => { const active = document.activeElement, box = active.getBoundingClientRect();"
+    " return [Boolean(active.closest('.actions')), box.top, box.bottom,"
+    " document.querySelector('.actions').getBoundingClientRect().top]; })()"
+)
+
+
+def test_nothing_moves_and_targets_are_large(open_page: Open, tmp_path: Path) -> None:
+    for kind in ("rank", "compare", "rate", "correct"):
+        store = made(tmp_path / kind, kind, rows=one_row(*SPECIAL), guide="Short is good.")
+        with label_page(store) as (link,), open_page("phone") as watched:
+            page = watched.page
+            page.add_init_script(LAYOUT_SHIFT)
+            page.goto(link)
+            page.wait_for_load_state("networkidle")
+            time.sleep(0.2)
+            assert page.evaluate("window.shift") == 0
+            assert not page.evaluate(SMALL_TARGETS)
+        store.close()
+
+
+def test_the_actions_hide_no_focus(open_page: Open, tmp_path: Path) -> None:
+    store = made(tmp_path, "rank", prompts=1)
+    with label_page(store) as (link,), open_page("phone") as watched:
         page = watched.page
-        page.add_init_script(
-            "window.shift = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => "
-            "{ window.shift += entry.value; })).observe({type: 'layout-shift', buffered: true});"
-        )
-        page.goto(person.link)
-        page.wait_for_load_state("networkidle")
-        for _ in range(14):
-            page.keyboard.press("Tab")
-            time.sleep(0.05)
-            top, bottom, bar = page.evaluate(
-                "(() => { const box = document.activeElement.getBoundingClientRect();"
-                " return [box.top, box.bottom, document.querySelector('.actions').getBoundingClientRect().top]; })()"
-            )
-            is_in_bar = page.evaluate("Boolean(document.activeElement.closest('.actions'))")
-            assert is_in_bar or (top >= 0 and bottom <= bar) or bottom - top > bar
-        assert page.evaluate("window.shift") == 0
-        small = page.evaluate(
-            "[...document.querySelectorAll('button, summary, nav a, .ranks label, .check')].filter(each => "
-            "each.checkVisibility() && each.getBoundingClientRect().height < 44).map(each => each.outerHTML)"
-        )
-        assert not small
+        for height in range(560, 760, 40):
+            page.set_viewport_size({"width": 390, "height": height})
+            page.goto(link)
+            for _ in range(10):
+                page.keyboard.press("Tab")
+                page.evaluate("new Promise(requestAnimationFrame)")
+                is_action, top, bottom, bar = page.evaluate(FOCUS_AND_ACTIONS)
+                assert is_action or (top >= 0 and bottom <= bar)
     store.close()
 
 
 def test_hostile_answers_are_text(open_page: Open, tmp_path: Path) -> None:
     for kind in ("rank", "correct"):
-        store = made(tmp_path / kind, kind, prompts=1, texts=HOSTILE)
-        with label_page(store) as (person,), open_page() as watched:
+        store = made(tmp_path / kind, kind, rows=one_row(*HOSTILE))
+        with label_page(store) as (link,), open_page() as watched:
             page = watched.page
-            page.goto(person.link)
+            page.goto(link)
             shown = " ".join(page.locator(".answer").all_inner_texts())
             for part in ("<script>", "onerror", "</textarea>", "<style>", "javascript:alert(1)"):
                 assert part in shown
@@ -448,10 +470,14 @@ def test_hostile_answers_are_text(open_page: Open, tmp_path: Path) -> None:
 def test_a_text_to_edit_has_no_escapes(open_page: Open, tmp_path: Path) -> None:
     """What the page shows as an escape would become a part of the corrected answer."""
     store = made(
-        tmp_path, "correct", prompts=1, texts=("a\r\nb \u202eend\x07 \u200fשלום\u200f \U0001f469\u200d\U0001f4bb",)
+        tmp_path,
+        "correct",
+        rows=one_row(
+            "a\r\nb \u202eend\x07 \u200fשלום\u200f \U0001f469\u200d\U0001f4bb",
+        ),
     )
-    with label_page(store) as (person,), open_page() as watched:
-        watched.page.goto(person.link)
+    with label_page(store) as (link,), open_page() as watched:
+        watched.page.goto(link)
         goes_on(watched.page, lambda: watched.page.keyboard.press("Control+Enter"))
     assert store.votes()[0].vote.text == "a\nb end \u200fשלום\u200f \U0001f469\u200d\U0001f4bb"
     store.close()
@@ -459,8 +485,8 @@ def test_a_text_to_edit_has_no_escapes(open_page: Open, tmp_path: Path) -> None:
 
 def test_a_visit_is_light_and_blind(open_page: Open, tmp_path: Path) -> None:
     store = made(tmp_path, "rank", prompts=3)
-    with label_page(store) as (person,), open_page() as watched:
-        watched.page.goto(person.link)
+    with label_page(store) as (link,), open_page() as watched:
+        watched.page.goto(link)
         watched.page.wait_for_load_state("networkidle")
         assert 5_000 < watched.received < 100_000
         assert "system" not in watched.page.content() and "candidates" not in watched.page.content()
@@ -470,9 +496,9 @@ def test_a_visit_is_light_and_blind(open_page: Open, tmp_path: Path) -> None:
 def test_without_scripts(open_page: Open, tmp_path: Path) -> None:
     for kind in ("rank", "compare", "rate", "correct"):
         store = made(tmp_path / kind, kind, prompts=2, answers=2)
-        with label_page(store) as (person,), open_page(java_script_enabled=False) as watched:
+        with label_page(store) as (link,), open_page(java_script_enabled=False) as watched:
             page = watched.page
-            page.goto(person.link)
+            page.goto(link)
             assert page.locator("kbd:visible, .scripted:visible").count() == 0  # no hint of what does not work
             if kind == "rank":
                 page.get_by_role("button", name=STORE).click()
@@ -491,12 +517,13 @@ def test_without_scripts(open_page: Open, tmp_path: Path) -> None:
             page.get_by_role("button", name="Skip").click()
             page.wait_for_url("**/task/*" if len(store.slots[0]) > 2 else "**/done")
             assert len(store.votes()) == 2
-            page.goto(person.link.split("/enter")[0] + "/task/2")
+            page.goto(link.split("/enter")[0] + "/task/2")
             page.get_by_role("button", name="Undo").click()
             assert len(store.votes()) == 1
         store.close()
 
 
 def test_torch_is_not_loaded() -> None:
-    """Nor would it have to be: people who label wait for no library of gigabytes."""
-    assert "torch" not in sys.modules
+    """Neither by the page nor by these tests."""
+    code = "import sys; sys.path[:0] = ['tests']; import browser.chromium; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -29,7 +29,14 @@ PUBLIC = {
         *("label", "label_result", "load_synth_config", "merge", "plan", "push", "synthesize", "train"),
     ],
     "config classes": [
-        *("AdaptiveKlConfig", "BottleneckConfig", "ClimbConfig", "CodeLimitsConfig", "CodeRewardConfig"),
+        *(
+            "AdaptiveKlConfig",
+            "BottleneckConfig",
+            "ChoicesConfig",
+            "ClimbConfig",
+            "CodeLimitsConfig",
+            "CodeRewardConfig",
+        ),
         *("ConstitutionConfig", "ConstitutionRunConfig", "PreferencesConfig", "PrincipleConfig"),
         *("RevisionFiltersConfig", "RevisionsConfig", "WriterConfig"),
         *("DataConfig", "DistillConfig", "EvaluationConfig", "FiltersConfig"),

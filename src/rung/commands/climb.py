@@ -38,6 +38,7 @@ from rung.config.run import RunConfig
 from rung.console import print_status
 from rung.data.records import Records
 from rung.errors import CheckpointError, ConfigError, PlanError
+from rung.evaluation.choices import with_labels
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, evaluate
 from rung.evaluation.prompting import PromptFormat
 from rung.files import is_run_folder
@@ -320,7 +321,8 @@ class Climb:
         # The questions are the climb's, whatever setting the rung's own rows were read with.
         chat = model.chat.with_control_tokens(self.config.data.control_tokens)
         server = evaluation_answers(self.config, model.config, model.folder)
-        return evaluate(model.policy, chat, records, prompt_format, self.config.evaluation, title=title, server=server)
+        evaluation = with_labels(self.config.evaluation, self._prompts.choices)
+        return evaluate(model.policy, chat, records, prompt_format, evaluation, title=title, server=server)
 
     def _score(self, model: LoadedRun, prompts: RungPrompts, folder: Path, title: str, cost: Mapping[str, Any]) -> None:
         """Score a model on the questions of a rung and write the result."""

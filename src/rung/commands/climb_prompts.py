@@ -20,6 +20,7 @@ from rung.config.evaluation import Context
 from rung.config.run import RunConfig
 from rung.data.chat import ChatTemplate
 from rung.data.records import Records
+from rung.evaluation.choices import label_choices
 from rung.evaluation.evaluate import PERPLEXITY, Evaluation, prompt_ids, require_questions
 from rung.evaluation.prompting import PromptFormat, Shots, choose_shots, nearest_shots
 from rung.evaluation.retrieval import Library
@@ -49,6 +50,8 @@ class ClimbPrompts:
         self.config, self.data, splits = config, data, data.splits
         self.test = test_records(config, splits)
         require_questions(self.test)
+        self.choices = label_choices(config.evaluation, splits.train, self.test)
+        """Labels among which answers are chosen; empty where they are generated."""
         zero_shot = next((rung for rung in config.climb.rungs if rung.kind == "zero_shot" and not rung.model), None)
         self.instruction_rung: RungConfig | None = zero_shot if config.climb.instructions else None
         """The rung on the climb's own model that chooses the instruction of all untuned rungs."""
@@ -98,9 +101,11 @@ class ClimbPrompts:
     def prompt_format(self, rung: RungConfig, instruction: str | None) -> PromptFormat:
         """Instruction and worked examples of an untuned rung."""
         if rung.kind not in WITH_SHOTS:
-            return PromptFormat(instruction)
+            return PromptFormat(instruction, choices=self.choices)
         shots = self._shots[rung.label]
-        return PromptFormat(instruction, nearest_shots=shots) if callable(shots) else PromptFormat(instruction, shots)
+        if callable(shots):
+            return PromptFormat(instruction, nearest_shots=shots, choices=self.choices)
+        return PromptFormat(instruction, shots, choices=self.choices)
 
     def check_room(self, rungs: Iterable[RungConfig], chat: ChatTemplate, max_prompt_tokens: int) -> None:
         """Raise `DataError` for a prompt of an untuned rung that leaves its model no room for the answer."""
@@ -129,7 +134,7 @@ class ClimbPrompts:
                 result = Evaluation.read(file)
             else:
                 # Without worked examples: the choice stands for all untuned rungs, whose examples differ.
-                result = score(records, PromptFormat(instruction))
+                result = score(records, PromptFormat(instruction, choices=self.choices))
                 folder.mkdir(parents=True, exist_ok=True)
                 result.write(file)
             candidates.append({"instruction": instruction, **result.summary()})

@@ -253,6 +253,7 @@ def _row(config: RunConfig, measured_rung: MeasuredRung, gain: Estimate | None) 
         seconds_per_query=answer_seconds + (costs[0].get("retrieval") or {}).get("seconds_per_query", 0.0),
         folder=str(rung_folder(Path(config.output), rung, 0, len(evaluations))),
         disk_bytes=int(max(cost.get("disk_bytes", 0) for cost in costs)),
+        classification=evaluations[0].classification,
         retrieval=costs[0].get("retrieval"),
         instruction=costs[0].get("instruction"),
         instructions=tuple(costs[0].get("instructions", ())),

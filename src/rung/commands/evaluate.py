@@ -20,6 +20,7 @@ from rung.console import print_status
 from rung.data.contamination import contamination
 from rung.data.records import Records
 from rung.errors import ConfigError, RungError, did_you_mean
+from rung.evaluation.choices import label_choices, with_labels
 from rung.evaluation.evaluate import Evaluation, ScoredItem
 from rung.evaluation.reward_model import score_reward_model
 from rung.files import is_run_folder
@@ -136,6 +137,9 @@ def evaluation_task(
         task = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"limit": limit})})
     splits = read_splits(task)
     records, context = test_records(task, splits), task.evaluation.context
+    if choices := label_choices(task.evaluation, splits.train, records):
+        evaluation = with_labels(task.evaluation, choices)
+        task = task.model_copy(update={"evaluation": evaluation})
     if context != "retrieved":
         return EvaluationTask(task, records, with_contexts(context, records, None), {})
     library = load_library(task, splits)

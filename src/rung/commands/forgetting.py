@@ -138,6 +138,8 @@ def _measure(model: EvaluatedModel, records: Records, evaluation: EvaluationConf
     with adapter_state:
         if records[0].text is not None:
             return _perplexity_of_texts(policy, chat, records, max_tokens)
+        # the labels are those of the task, and other rows have other answers
+        evaluation = evaluation.model_copy(update={"choices": None})
         prompt_format = PromptFormat(evaluation.instruction)
         records = _records_without_passages(records, evaluation)
         return evaluate(policy, chat, records, prompt_format, evaluation, title="forgetting")

@@ -110,8 +110,8 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 
 
 def shorthand(setting: str) -> BeforeValidator:
-    """For a section of which YAML may give one setting alone, as a text: `teacher: smollm2-135m`."""
-    return BeforeValidator(lambda value: {setting: value} if isinstance(value, str) else value)
+    """For a section of which YAML may give one setting alone, as a text or a list: `teacher: smollm2-135m`."""
+    return BeforeValidator(lambda value: {setting: value} if isinstance(value, str | list | tuple) else value)
 
 
 LinearRole = Literal["q", "k", "v", "o", "gate", "up", "down"]

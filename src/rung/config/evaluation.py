@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rung.config.base import Config, Pattern
+from rung.config.base import Config, Pattern, shorthand
 from rung.config.code import CodeLimitsConfig
 from rung.config.judge import JudgeConfig
 from rung.config.server import ModelServerConfig
@@ -51,6 +51,21 @@ class RetrievalConfig(Config):
             raise ValueError("column names one of a file of documents, and no documents are named")
 
 
+class ChoicesConfig(Config):
+    """Labels among which answers are chosen by their log-probability."""
+
+    labels: Literal["auto"] | tuple[str, ...] = "auto"
+    """All labels; `auto`: the distinct answers of the training rows."""
+    calibrated: bool = False
+    """Subtract the log-probability of each label after a question without content, so that a label does not win by
+    being a frequent text (Holtzman et al. 2021, Zhao et al. 2021)."""
+
+    def _check(self) -> None:
+        labels = self.labels
+        if labels != "auto" and (len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels):
+            raise ValueError("labels are two or more different texts, none of them empty")
+
+
 class EvaluationConfig(Config):
     """How greedy answers to held-out questions are generated and scored."""
 
@@ -70,6 +85,9 @@ class EvaluationConfig(Config):
     `retrieved`: retrieved passages. A rung can override it."""
     retrieve: RetrievalConfig | None = None
     """Source and size of retrieved passages; default: the defaults of its settings."""
+    choices: Annotated[ChoicesConfig, shorthand("labels")] | None = None
+    """Labels: the answer is the likeliest of them and is not generated; `auto`, a list, or {labels, calibrated}. The
+    instruction of the untuned rungs lists them. Default: answers are generated."""
     max_new_tokens: PositiveInt = 64
     """Maximum answer length in tokens."""
     stop: tuple[str, ...] = ()
@@ -98,6 +116,10 @@ class EvaluationConfig(Config):
             raise ValueError("dequantize is of answers that this process generates: leave it out with a server")
         if self.server is not None and set(self.metrics) == {"perplexity"}:
             raise ValueError("server is of generated answers, and perplexity alone generates none")
+        if self.choices is not None and self.server is not None:
+            raise ValueError("choices are read by this process: leave out server")
+        if self.choices is not None and self.stop:
+            raise ValueError("stop ends generated answers, and choices are not generated: leave one of them out")
         if self.code_limits != CodeLimitsConfig() and "code" not in self.metrics:
             raise ValueError("code_limits is for metrics: [code]")
         if bool(self.banned) != ("not_banned" in self.metrics):

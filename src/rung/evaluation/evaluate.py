@@ -25,6 +25,7 @@ from rung.data.chat import ChatTemplate
 from rung.data.messages import expected_text
 from rung.data.parsed_answer import ParsedAnswer
 from rung.errors import DataError
+from rung.evaluation.choices import LabelChoice, choose_labels, classification
 from rung.evaluation.prompting import PromptFormat
 from rung.evaluation.server_answers import ServerAnswers
 from rung.models.generate import Sampling, generate_by_task
@@ -32,6 +33,7 @@ from rung.models.packing import pack
 from rung.models.policy import Policy, sum_by_document
 from rung.planning.memory import tokens_per_micro_batch
 from rung.results.base import Estimate
+from rung.results.evaluation import Classification
 from rung.scoring.answer_rules import not_banned
 from rung.scoring.code_answers import CODE, require_tests, run_answers
 from rung.scoring.metrics import BINARY_METRICS, METRICS, Metric, best_score
@@ -65,6 +67,10 @@ class ScoredItem:
     nats: float | None = None
     """Negative log-likelihood of the expected answer, where perplexity is measured."""
     answer_tokens: int | None = None
+    confidence: float | None = None
+    """With `evaluation.choices`: probability of the chosen label among the labels."""
+    expected_probability: float | None = None
+    """With `evaluation.choices`: probability of the expected label among the labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,9 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """For `run.json`."""
+        classification = self.classification
         return {
+            **({"classification": classification.to_json()} if classification else {}),
             "scores": {name: self.interval(name).to_json() for name in self.metrics},
             "examples": len(self.items),
             "clusters": len(set(self.clusters)),
@@ -119,6 +127,19 @@ class Evaluation:
             "seconds_per_query": round(self.seconds_per_query, 4),
             "cut_off": self.cut_off,
         }
+
+    @property
+    def classification(self) -> Classification | None:
+        """Scores of chosen labels; None where answers were generated."""
+        if not self.items or any(item.confidence is None for item in self.items):
+            return None
+        return classification(
+            [item.expected for item in self.items],
+            [item.answer for item in self.items],
+            [item.confidence or 0.0 for item in self.items],
+            [item.expected_probability or 0.0 for item in self.items],
+            self.clusters,
+        )
 
     def write(self, path: Path) -> None:
         """Write one row per item; seconds per query and metrics go into the file's metadata."""
@@ -158,7 +179,12 @@ def evaluate(
     max_prompt_tokens = policy.base.context - policy.method.virtual_tokens - config.max_new_tokens
     prompts = prompt_ids(chat, records, prompt_format, max_prompt_tokens)
     answers, stopped, seconds = [ParsedAnswer("")] * len(records), [True] * len(records), 0.0
-    if any(name != PERPLEXITY for name in config.metrics):
+    labels: list[LabelChoice] = []
+    if config.choices is not None and any(name != PERPLEXITY for name in config.metrics):
+        start_time = time.perf_counter()
+        labels = choose_labels(policy, chat, records, prompts, prompt_format, config.choices, title)
+        answers, seconds = [ParsedAnswer(choice.label) for choice in labels], time.perf_counter() - start_time
+    elif any(name != PERPLEXITY for name in config.metrics):
         # before anything is generated: a template whose calls cannot be compared would score 0 for every model
         for record in records:
             chat.expected_calls(record)
@@ -171,6 +197,9 @@ def evaluate(
         code_limits=config.code_limits,
         banned=config.banned,
     )
+    if labels:
+        pairs = zip(scored.items, labels, strict=True)
+        scored = replace(scored, items=tuple(_with_choice(item, choice) for item, choice in pairs))
     if PERPLEXITY not in config.metrics:
         return scored
     start_time = time.perf_counter()
@@ -179,6 +208,10 @@ def evaluate(
     seconds = seconds or time.perf_counter() - start_time
     items = tuple(replace(i, nats=n, answer_tokens=tokens) for i, (n, tokens) in zip(scored.items, nats, strict=True))
     return Evaluation(items, seconds / max(1, len(items)), config.metrics)
+
+
+def _with_choice(item: ScoredItem, choice: LabelChoice) -> ScoredItem:
+    return replace(item, confidence=choice.confidence, expected_probability=choice.expected_probability)
 
 
 def score_answers(

@@ -34,11 +34,14 @@ class PromptFormat:
     """Worked examples before every question, encoded once for all."""
     nearest_shots: Callable[[Record], Shots] | None = None
     """Worked examples chosen for each question instead."""
+    choices: tuple[str, ...] = ()
+    """Labels that the instruction lists."""
 
     def turns(self, record: Record) -> tuple[Message, ...]:
         """All turns before the answer: instruction, worked examples, question."""
         # One system turn in front: templates refuse a second one, or one after the examples.
-        system_parts = [self.instruction, *(m.content for m in record.messages if m.role == "system")]
+        labels = "\n".join(["Answer with one of these labels:", *self.choices]) if self.choices else None
+        system_parts = [self.instruction, labels, *(m.content for m in record.messages if m.role == "system")]
         system_text = "\n\n".join(text for text in system_parts if text)
         shots = self.nearest_shots(record) if self.nearest_shots else self.shots
         example_turns = [turn for shot in shots for turn in (*_question_turns(shot), shot.messages[-1])]

@@ -30,10 +30,12 @@ def choose(
     prompts: Sequence[Sequence[int]],
     options: Sequence[Sequence[int]],
     on_prompts: Callable[[int], None] | None = None,
+    tasks: Sequence[str | None] | None = None,
 ) -> NDArray[np.float64]:
     """Log p(option | prompt) in nats, summed over the option's tokens, [P, C] for P prompts and C options.
 
-    `prompts` and `options` are token ids. `on_prompts` receives the number of prompts just computed. A row is NaN where
+    `prompts` and `options` are token ids. `on_prompts` receives the number of prompts just computed. `tasks` has the
+    task of each prompt, for methods with parameters per task. A row is NaN where
     the prompt has more than `max_prompt_tokens`.
     """
     limit = max_prompt_tokens(policy, options)
@@ -46,13 +48,13 @@ def choose(
 
     for start in range(0, len(fitting), PROMPTS_PER_UPDATE):
         part = fitting[start : start + PROMPTS_PER_UPDATE]
-        documents = [_document(prompts[i], option, i) for i in part for option in options]
+        documents = [_document(prompts[i], option, i, tasks[i] if tasks else None) for i in part for option in options]
         logprobs_PC[part] = np.reshape(values_by_document([policy], documents, budget, sums), (len(part), -1))
         if on_prompts is not None:
             on_prompts(len(part))
     return logprobs_PC
 
 
-def _document(prompt: Sequence[int], option: Sequence[int], row: int) -> Example:
+def _document(prompt: Sequence[int], option: Sequence[int], row: int, task: str | None) -> Example:
     ids = np.array([*prompt, *option], dtype=np.int32)
-    return Example(ids, np.arange(len(ids)) >= len(prompt), Source("choice", row), row=row)
+    return Example(ids, np.arange(len(ids)) >= len(prompt), Source("choice", row), row=row, task=task)

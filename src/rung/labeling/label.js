@@ -161,8 +161,8 @@
       answer.onchange = () => setRank(answer, rankOf(answer));
       answer.onclick = (event) => {
         // a finger scrolls: its taps rank by the numbers alone
-        const isPlain = event.pointerType === "mouse" && !event.target.closest("label") && getSelection().isCollapsed;
-        if (isPlain) toggle(answer);
+        const isMouse = matchMedia("(hover: hover)").matches && event.pointerType !== "touch";
+        if (isMouse && !event.target.closest("label") && getSelection().isCollapsed) toggle(answer);
       };
     }
     markRanks();

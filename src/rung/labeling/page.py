@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 from statistics import median
 from string import ascii_uppercase
@@ -23,7 +24,6 @@ from rung.console import visible
 from rung.human_labels.store import CastVote, LabelStore
 from rung.human_labels.tasks import Slot
 from rung.human_labels.votes import Vote
-from rung.report.formatting import format_duration
 
 _NEVER_EDITED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```[ \t]*$|\Z)", re.M | re.S)
@@ -94,7 +94,16 @@ def progress(store: LabelStore, person: int) -> Progress:
     done, seconds = store.progress(person)
     total = len(store.slots[person])
     left = (total - len(done)) * median(seconds) if len(seconds) >= LEAST_TIMED else None
-    return Progress(len(done), total, format_duration(left) if left else "")
+    return Progress(len(done), total, _time_left(left) if left else "")
+
+
+def _time_left(seconds: float) -> str:
+    """A time as rough as it is known: 806 seconds are 14 min."""
+    minutes = ceil(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours < 10 else f"{hours} h"
 
 
 def task_page(store: LabelStore, person: int, position: int, message: str = "") -> str:

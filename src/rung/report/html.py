@@ -30,6 +30,7 @@ SECTIONS: tuple[Callable[[ReportSource], Any], ...] = (
         sections.further_findings,
         sections.retrieval,
         sections.harness,
+        sections.classes,
     ),
     *(sections.instructions, sections.curves, sections.layers, sections.training_summaries, sections.data),
     *(sections.gates, sections.versions, sections.config),

@@ -202,6 +202,12 @@ def harness(source: ReportSource) -> list[tuple[str, list[tuple[str, ...]]]]:
     return [(run.label, summaries.harness_rows(run.result.harness)) for run in source.runs if run.result.harness]
 
 
+def classes(source: ReportSource) -> list[summaries.ClassTable]:
+    """Scores of chosen labels for each rung that chose among them."""
+    rungs = [(rung.label, rung.row.classification) for rung in source.rungs]
+    return [summaries.class_table(label, found) for label, found in rungs if found is not None]
+
+
 def instructions(source: ReportSource) -> list[summaries.TriedInstruction]:
     """All instructions tried on the validation split, with their scores."""
     # instructions are chosen once for a climb, so the first rung that lists them has all

@@ -30,7 +30,7 @@ from rung.report.formatting import (
 from rung.report.run_reader import PERPLEXITY
 from rung.results.base import Estimate, GateResult
 from rung.results.data import ContaminationResult
-from rung.results.evaluation import HarnessScore, RetrievalResult, RewardModelHealth
+from rung.results.evaluation import Classification, HarnessScore, RetrievalResult, RewardModelHealth
 from rung.results.ladder import HumanPreference, Ladder, LadderModel, LadderRow, Verdict
 from rung.results.training import LotteryResult, RunResult
 
@@ -451,6 +451,59 @@ def _gain(estimate: Estimate | None, digits: int, corrected: float | None, *, lo
     tone = ("bad" if (estimate.low > 0) == lower_is_better else "good") if is_sure else ""
     mean = format_fixed(estimate.mean, digits, signed=True)
     return Cell(mean, format_bounds(estimate, digits), format_p_value(corrected), tone)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """Scores of chosen labels of one rung, as text."""
+
+    rung: str
+    overview: tuple[str, ...]
+    """Accuracy, macro-F1, log-loss, calibration error, and accuracy of the surest 50, 80 and 90 %."""
+    classes: tuple[tuple[str, ...], ...]
+    """Label, examples, precision, recall and F1 of each label."""
+    matrix: tuple[tuple[str, tuple[int, ...]], ...]
+    """Expected label, and items by answered label in the same order; empty where there are many labels."""
+    confusions: tuple[tuple[str, str, int], ...]
+    """The most frequent confusions, where there are many labels."""
+
+
+MATRIX_LABELS = 12
+"""Labels of which a matrix fits a page."""
+SHOWN_CONFUSIONS = 20
+
+
+def class_lines(found: Classification) -> dict[str, str]:
+    """Scores of chosen labels by name."""
+    coverage = ", ".join(f"{value:.2f} of the surest {float(share):.0%}" for share, value in _partial_coverage(found))
+    return {
+        "macro-F1": format_estimate(found.macro_f1),
+        "log-loss": f"{format_estimate(found.log_loss)} nats",
+        "calibration error": f"{found.calibration_error:.3f}",
+        "accuracy": coverage,
+    }
+
+
+def class_table(rung: str, found: Classification) -> ClassTable:
+    """The tables of a rung that chose among labels."""
+    scores = [format_estimate(e) for e in (found.accuracy, found.macro_f1, found.log_loss)]
+    coverage = [f"{value:.2f}" for _, value in _partial_coverage(found)]
+    classes = [
+        (c.label, f"{c.examples:,}", f"{c.precision:.2f}", f"{c.recall:.2f}", f"{c.f1:.2f}") for c in found.classes
+    ]
+    labels = [c.label for c in found.classes]
+    counts = {(c.expected, c.answered): c.examples for c in found.confusions}
+    counts |= {(c.label, c.label): round(c.recall * c.examples) for c in found.classes}
+    matrix: list[tuple[str, tuple[int, ...]]] = []
+    if len(labels) <= MATRIX_LABELS:
+        matrix = [(label, tuple(counts.get((label, answered), 0) for answered in labels)) for label in labels]
+    confusions = [] if matrix else [(c.expected, c.answered, c.examples) for c in found.confusions[:SHOWN_CONFUSIONS]]
+    overview = (*scores, f"{found.calibration_error:.3f}", *coverage)
+    return ClassTable(rung, overview, tuple(classes), tuple(matrix), tuple(confusions))
+
+
+def _partial_coverage(found: Classification) -> list[tuple[float, float]]:
+    return [(float(share), value) for share, value in found.accuracy_at_coverage.items() if float(share) < 1]
 
 
 def harness_rows(scores: Sequence[HarnessScore]) -> list[tuple[str, ...]]:

@@ -217,6 +217,8 @@ def score_lines(result: EvaluationResult) -> list[str]:
     if result.reward is not None:
         return ["", f"{result.target}: {result.summary}"]
     lines = {name: format_estimate(estimate) for name, estimate in result.scores.items()}
+    if result.classification:
+        lines |= summaries.class_lines(result.classification)
     if result.retrieval:
         lines["retrieved"] = f"the right passage for {summaries.retrieved_text(result.retrieval)}"
     if result.contamination:

@@ -88,6 +88,45 @@ class HarnessResult(Result):
     seconds: float = 0.0
 
 
+class ClassScore(Result):
+    """One label of a classification."""
+
+    label: str
+    examples: int
+    """Items whose expected answer it is."""
+    precision: float
+    recall: float
+    f1: float
+
+
+class Confusion(Result):
+    """Items of one label that were answered with another."""
+
+    expected: str
+    answered: str
+    examples: int
+
+
+class Classification(Result):
+    """Scores of answers that were chosen among labels (`evaluation.choices`)."""
+
+    labels: int
+    """Labels that are expected or answered."""
+    accuracy: Estimate
+    macro_f1: Estimate
+    """Mean F1 of the labels, each counting once."""
+    log_loss: Estimate
+    """Nats of the expected label among the labels."""
+    calibration_error: float
+    """Expected calibration error: mean distance of confidence and accuracy."""
+    accuracy_at_coverage: dict[float, float]
+    """Accuracy on the share of the items with the highest confidence, by share."""
+    classes: tuple[ClassScore, ...]
+    """The most frequent expected label first."""
+    confusions: tuple[Confusion, ...] = ()
+    """The most frequent first."""
+
+
 class EvaluationResult(Result):
     """Scores of a run or a base on held-out questions; of a reward run, how well it orders held-out pairs."""
 
@@ -105,6 +144,8 @@ class EvaluationResult(Result):
     cut_off: int = 0
     """Answers that were cut at `evaluation.max_new_tokens`."""
     retrieval: RetrievalResult | None = None
+    classification: Classification | None = None
+    """With `evaluation.choices`."""
     contamination: ContaminationResult | None = None
     """How many test items also stand in the training rows, and the scores without them."""
     reward: RewardModelHealth | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rung.results.base import Estimate, Result
-from rung.results.evaluation import MetricComparison, RetrievalResult
+from rung.results.evaluation import Classification, MetricComparison, RetrievalResult
 from rung.results.labels import SystemStrength
 
 
@@ -87,6 +87,8 @@ class LadderRow(Result):
     folder: str = ""
     disk_bytes: int = 0
     """Size of the saved adapter or model."""
+    classification: Classification | None = None
+    """With `evaluation.choices`; of several training seeds that of the first."""
     retrieval: RetrievalResult | None = None
     """Hit rate and source of the passages, if any were retrieved."""
     instruction: str | None = None

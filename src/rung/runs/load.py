@@ -389,7 +389,11 @@ def score(model: LoadedRun, config: RunConfig, records: Sequence[Record]) -> Eva
     """Score records whose contexts are set by `dataset.with_contexts`; a base gets `evaluation.instruction`."""
     dequantize_if_configured(model.policy, config)
     # A run was trained on bare questions, so an instruction would only disturb it.
-    prompt_format = PromptFormat(config.evaluation.instruction if model.kind == "base" else None)
+    prompt_format = PromptFormat()
+    if model.kind == "base":
+        choices = config.evaluation.choices
+        labels = () if choices is None or choices.labels == "auto" else choices.labels
+        prompt_format = PromptFormat(config.evaluation.instruction, choices=labels)
     server = evaluation_answers(config, model.config, model.folder)
     return evaluate(model.policy, model.chat, records, prompt_format, config.evaluation, server=server)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ def cohen_kappa(
 
     Items without a label by one of them are ignored. 20 yes-yes, 15 no-no, 5 and 10 disagreements give 0.4. NaN where
     both used one label only. `is_scale`: labels are numbers, and a disagreement counts by its squared distance (Cohen
-    1968, quadratic weights).
+    1968, quadratic weights); other labels raise ValueError.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} labels: two raters rate the same items")
@@ -55,7 +56,7 @@ def cohen_kappa(
     tables = np.zeros((int(both_rated.sum()), k, k))
     tables[np.arange(len(tables)), codes[both_rated, 0], codes[both_rated, 1]] = 1.0
 
-    weights = _scale_weights([first, second]) if is_scale else None
+    weights = _scale_weights(list(zip(first, second, strict=True))) if is_scale else None
 
     def chance(table: CountTable) -> Floats:
         rows, columns, n = table.sum(axis=-1), table.sum(axis=-2), table.sum(axis=(-1, -2))
@@ -87,7 +88,7 @@ def krippendorff_alpha(ratings: Ratings, clusters: Clusters = None, *, is_scale:
 
     Ratings may be missing; an item with one rating is ignored. D_e is chance without replacement, so alpha exceeds
     Fleiss' kappa by an amount that shrinks with the number of ratings. `is_scale`: labels are numbers, and a
-    disagreement counts by its squared distance (the interval metric of part D).
+    disagreement counts by its squared distance (the interval metric of part D); other labels raise ValueError.
     """
     weights = _scale_weights(ratings) if is_scale else None
 
@@ -200,15 +201,24 @@ def _pair_counts(ratings: Ratings, is_scale: bool = False) -> CountTable:
 
 
 def _scale_labels(ratings: Ratings) -> list[float]:
-    """The numbers that occur, in order."""
-    return sorted({float(label) for item in ratings for label in item if label is not None})  # type: ignore[arg-type]
+    """The numbers that occur, in order. Raises ValueError for a label that is not a finite number."""
+    numbers: set[float] = set()
+    for label in (label for item in ratings for label in item if label is not None):
+        if not isinstance(label, Real) or not math.isfinite(label):
+            raise ValueError(f"labels on a scale are numbers, and one is {label!r}")
+        numbers.add(float(label))
+    return sorted(numbers)
 
 
 def _scale_weights(ratings: Ratings) -> Floats:
-    """Agreement of two numbers on the scale, [K, K]: 1 for equal ones, 0 for those that are farthest apart."""
+    """Agreement of two numbers on the scale, [K, K]: 1 for equal ones, 0 for those that are farthest apart.
+
+    The farthest of items that two rated: a number that occurs only in others must not stretch the scale.
+    """
     labels = np.array(_scale_labels(ratings))
-    distances = (labels[:, None] - labels[None, :]) ** 2
-    return np.asarray(1.0 - distances / max(float(distances.max(initial=0.0)), TINY))
+    compared = _scale_labels([item for item in ratings if sum(label is not None for label in item) > 1])
+    longest = (compared[-1] - compared[0]) ** 2 if compared else 0.0
+    return np.asarray(1.0 - (labels[:, None] - labels[None, :]) ** 2 / (longest or 1.0))
 
 
 def _codes(ratings: Ratings, is_scale: bool = False) -> NDArray[np.intp]:

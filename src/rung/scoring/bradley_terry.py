@@ -2,8 +2,9 @@
 
 P(i beats j) = sigmoid(theta_i - theta_j); a tie counts as half a win of each. The ridge keeps the fit finite where a
 group of systems won everything against the others. Then the ridge alone says how much stronger it is (Ford 1957: the
-likelihood has a maximum only if wins lead from every system to every other), so that no interval is given. Pure
-functions of comparisons, used by `human_labels.result`.
+likelihood has a maximum only if wins lead from every system to every other), so that no interval is given. Resamples
+show too little where a system rarely lost, mostly tied or was compared in few clusters: the interval of its win rate is
+a lower limit of the width. Pure functions of comparisons, used by `human_labels.result`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -26,6 +28,8 @@ REFITS = 2_000
 MAX_NEWTON_STEPS = 60
 MAX_STEP_SIZE = 2.0
 """Limits of Newton's method. Steps in log-odds."""
+MAX_LOG_ODDS = 100.0
+"""Where the strength of a win rate is searched, on both sides of the fit."""
 
 
 class Comparisons(NamedTuple):
@@ -73,33 +77,59 @@ def win_rates(comparisons: Comparisons, clusters: Clusters = None) -> dict[str, 
 def strengths(comparisons: Comparisons, clusters: Clusters = None, seed: int = 0) -> dict[str, Estimate]:
     """Log-odds of each system against the mean of all, which sum to 0, with intervals of resampled clusters.
 
-    Two systems with 30 wins against 10 have +-0.549, half of log 3. Raises `ValueError` where the comparisons do not
-    connect all systems: their strengths have no common zero.
+    An interval holds that of the win rate too (`_win_rate_ends`): 30 ties alone would have [0, 0]. Two systems with 30
+    wins against 10 have +-0.549, half of log 3. Raises `ValueError` where the comparisons do not connect all systems:
+    their strengths have no common zero.
     """
     if len(unconnected_groups(comparisons)) > 1:
         raise ValueError("systems that were never compared, directly or through others, have no common scale")
-    systems, s = comparisons.systems, len(comparisons.systems)
-    tables = _win_tables(comparisons, clusters)
+    systems, tables = comparisons.systems, _win_tables(comparisons, clusters)
     c, total = len(tables), tables.sum(axis=0)
-    means = fit_strengths(total[None])[0]
-    low, high = np.full(s, -np.inf), np.full(s, np.inf)
+    means, rates = fit_strengths(total[None])[0], win_rates(comparisons, clusters)
+    low, high = np.full(len(systems), -np.inf), np.full(len(systems), np.inf)
     method = "unbounded"
     if not _has_maximum(total):
         method = "unbounded: a group of systems won or lost everything"
     elif c >= MIN_RESAMPLED_CLUSTERS:
-        rng, fits, flat = np.random.default_rng(seed), [], tables.reshape(c, s * s)
-        for rows in batch_sizes(REFITS, max(c, s * s), 1_000_000):
-            counts = rng.multinomial(c, np.full(c, 1.0 / c), size=rows)
-            fits.append(fit_strengths((counts @ flat).reshape(rows, s, s)))
-        replicates, method = np.concatenate(fits), "refitted cluster bootstrap"
-        for i in range(s):
-            low[i], high[i] = expanded_percentiles(replicates[:, i], c)
+        method = "refitted cluster bootstrap, at least the win rate's"
+        ends = np.concatenate([_bootstrap_ends(tables, seed), _win_rate_ends([rates[x] for x in systems], means, total)])
+        low, high = ends.min(axis=0), ends.max(axis=0)
     found = {}
     for i, name in enumerate(systems):
-        n = int(((comparisons.first == i) | (comparisons.second == i)).sum())
-        ends = {"low": float(low[i]), "high": float(high[i])}
-        found[name] = Estimate(mean=float(means[i]), **ends, examples=n, clusters=c, method=method)
+        bounds, n = {"low": float(low[i]), "high": float(high[i])}, rates[name].examples
+        found[name] = Estimate(mean=float(means[i]), **bounds, examples=n, clusters=c, method=method)
     return found
+
+
+def _bootstrap_ends(tables: Floats, seed: int) -> Floats:
+    """Ends of the percentile intervals of refits, [2, S], of tables of wins by cluster [C, S, S]."""
+    c, s = tables.shape[:2]
+    rng, fits, flat = np.random.default_rng(seed), [], tables.reshape(c, s * s)
+    for rows in batch_sizes(REFITS, max(c, s * s), 1_000_000):
+        counts = rng.multinomial(c, np.full(c, 1.0 / c), size=rows)
+        fits.append(fit_strengths((counts @ flat).reshape(rows, s, s)))
+    return np.array([expanded_percentiles(replicates, c) for replicates in np.concatenate(fits).T]).T
+
+
+def _win_rate_ends(rates: Sequence[Estimate], means: Floats, wins: Floats) -> Floats:
+    """Strengths of all systems where the win rate of one is at an end of its interval, [2 S, S].
+
+    The other systems stay as they were fitted to `wins` [S, S], and the model expects that share of the one's
+    comparisons; then the mean of all is 0 again, so that one system that is hardly known moves all. 29 wins of 30
+    against one other system have [0.785, 3.539], about half of the log-odds of Clopper-Pearson's ends.
+    """
+    s, games = len(means), wins + wins.T
+
+    def excess(shift: float, i: int, share: float) -> float:
+        return float(games[i] @ _sigmoid(means[i] + shift - means) - share * games[i].sum())
+
+    def shift_of(i: int, share: float) -> float:
+        if 0.0 < share < 1.0:
+            return float(brentq(excess, -MAX_LOG_ODDS, MAX_LOG_ODDS, args=(i, share)))
+        return -np.inf if share <= 0.0 else np.inf
+
+    directions = np.eye(s) - 1.0 / s
+    return np.array([means + shift_of(i, end) * directions[i] for i in range(s) for end in (rates[i].low, rates[i].high)])
 
 
 def _has_maximum(wins: Floats) -> bool:
@@ -117,7 +147,7 @@ def fit_strengths(wins: Floats) -> Floats:
     theta, games = np.zeros((b, s)), wins + wins.transpose(0, 2, 1)
     ridge = RIDGE * np.eye(s)
     for _ in range(MAX_NEWTON_STEPS):
-        p = 0.5 * (1.0 + np.tanh(0.5 * (theta[:, :, None] - theta[:, None, :])))
+        p = _sigmoid(theta[:, :, None] - theta[:, None, :])
         gradient = (games * p - wins).sum(axis=2) + RIDGE * theta
         weights = games * p * (1.0 - p)
         hessian = ridge - weights
@@ -128,6 +158,10 @@ def fit_strengths(wins: Floats) -> Floats:
         if size.max() < 1e-10:
             break
     return np.asarray(theta - theta.mean(axis=1, keepdims=True))
+
+
+def _sigmoid(z: Floats) -> Floats:
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * z)))
 
 
 def _win_tables(comparisons: Comparisons, clusters: Clusters) -> Floats:
