@@ -442,11 +442,13 @@ def test_the_actions_hide_no_focus(open_page: Open, tmp_path: Path) -> None:
         for height in range(560, 760, 40):
             page.set_viewport_size({"width": 390, "height": height})
             page.goto(link)
-            for _ in range(10):
+            for _ in range(9):  # the context, four answers, the box, the note, two actions
                 page.keyboard.press("Tab")
                 page.evaluate("new Promise(requestAnimationFrame)")
                 is_action, top, bottom, bar = page.evaluate(FOCUS_AND_ACTIONS)
                 assert is_action or (top >= 0 and bottom <= bar)
+        page.set_viewport_size({"width": 320, "height": 256})  # 1280 pixels at 400 %
+        assert page.evaluate("getComputedStyle(document.querySelector('.actions')).position") == "static"
     store.close()
 
 

@@ -307,7 +307,8 @@ def leave(port: int, path: str, body: dict[str, Any], engine: Engine, rows: int)
 def test_a_client_that_leaves_several_prompts(run: Path) -> None:
     with served(run, max_rows=2) as (port, engine):
         leave(port, "/v1/completions", {"model": run.name, "prompt": ["x"] * 12, "max_tokens": 300}, engine, 2)
-        assert engine.counters.cancelled == 12
+        # an answer that drew its end at once was not cancelled
+        assert engine.counters.cancelled + engine.counters.answers == 12 and engine.counters.answers < 3
 
 
 def test_what_clients_send(base: tuple[int, Engine, Path]) -> None:

@@ -194,3 +194,31 @@ def test_alpha_on_a_scale() -> None:
     assert found.mean == pytest.approx(1 - observed / chance, abs=1e-12)
     shifted = [[None if value is None else 10 - 2 * value for value in item] for item in ratings]
     assert krippendorff_alpha(shifted, is_scale=True).mean == pytest.approx(found.mean, abs=1e-12)
+
+
+def test_alpha_on_a_scale_equals_the_worked_example() -> None:
+    """Krippendorff 2011: the data of part C with the interval metric."""
+    assert krippendorff_alpha(KRIPPENDORFF, is_scale=True).mean == pytest.approx(0.849, abs=5e-4)
+
+
+def test_a_number_that_one_rater_gave_does_not_stretch_the_scale() -> None:
+    """Its item is ignored; the scale of the others decides how wide the interval is."""
+    first, second = [1, 2, 3, 4, 5] * 8, [1, 3, 3, 4, 4] * 8
+    for lone, expected in (
+        (
+            krippendorff_alpha([*KRIPPENDORFF, (100, None, None, None)], is_scale=True),
+            krippendorff_alpha(KRIPPENDORFF, is_scale=True),
+        ),
+        (cohen_kappa([*first, 100], [*second, None], is_scale=True), cohen_kappa(first, second, is_scale=True)),
+    ):
+        assert (lone.mean, lone.low, lone.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("label", ["1", math.nan, math.inf])
+def test_labels_on_a_scale_are_numbers(label: str | float) -> None:
+    with pytest.raises(ValueError, match="labels on a scale are numbers"):
+        cohen_kappa([1, label], [2, 1], is_scale=True)
+    with pytest.raises(ValueError, match="labels on a scale are numbers"):
+        krippendorff_alpha([[1, 2], [label, 1]], is_scale=True)
+    with pytest.raises(ValueError, match="rated by two"):
+        krippendorff_alpha([[1, None], [None, 2]], is_scale=True)

@@ -92,7 +92,7 @@ def strengths(comparisons: Comparisons, clusters: Clusters = None, seed: int = 0
         method = "unbounded: a group of systems won or lost everything"
     elif c >= MIN_RESAMPLED_CLUSTERS:
         method = "refitted cluster bootstrap, at least the win rate's"
-        ends = np.concatenate([_bootstrap_ends(tables, seed), _win_rate_ends([rates[x] for x in systems], means, total)])
+        ends = np.vstack([_bootstrap_ends(tables, seed), _win_rate_ends(list(rates.values()), means, total)])
         low, high = ends.min(axis=0), ends.max(axis=0)
     found = {}
     for i, name in enumerate(systems):
@@ -129,7 +129,8 @@ def _win_rate_ends(rates: Sequence[Estimate], means: Floats, wins: Floats) -> Fl
         return -np.inf if share <= 0.0 else np.inf
 
     directions = np.eye(s) - 1.0 / s
-    return np.array([means + shift_of(i, end) * directions[i] for i in range(s) for end in (rates[i].low, rates[i].high)])
+    shifts = [(i, shift_of(i, end)) for i, rate in enumerate(rates) for end in (rate.low, rate.high)]
+    return np.array([means + shift * directions[i] for i, shift in shifts])
 
 
 def _has_maximum(wins: Floats) -> bool:
