@@ -13,7 +13,6 @@ from urllib.parse import urlencode, urlsplit
 
 import uvicorn
 
-from processes import start
 from rung.human_labels.store import LabelStore
 from rung.labeling.app import make_app
 from rung.web.server import server_options
@@ -29,6 +28,7 @@ class Page(HTMLParser):
         self.answers: list[str] = []
         self.prompt = self.message = self.progress = ""
         self.tags: list[str] = []
+        self.last = ""
         self._into: list[str] = []
         self._is_in_answer = False
         self.feed(text)
@@ -39,6 +39,8 @@ class Page(HTMLParser):
         classes = (given.get("class") or "").split()
         if tag == "input" and given.get("type") == "hidden":
             self.fields[str(given["name"])] = given.get("value") or ""
+        if given.get("name") == "last":
+            self.last = given.get("value") or ""
         if tag == "section" and "answer" in classes:
             self.answers.append("")
             self._is_in_answer = True
@@ -89,7 +91,7 @@ class Person:
     def undo(self) -> Page:
         """Take back the last vote."""
         assert self.page is not None
-        return self.post("/undo", dict(self.page.fields))
+        return self.post("/undo", {**self.page.fields, "last": self.page.last})
 
     def post(self, path: str, fields: dict[str, object]) -> Page:
         """Send any form."""
@@ -135,6 +137,8 @@ def label_page(store: LabelStore) -> Iterator[list[Person]]:
 @contextmanager
 def label_command(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], list[Person]]]:
     """`rung label` as a process, and the people of the links that it prints."""
+    from processes import start  # loads torch, which the page's own tests do without
+
     running = start("label", *arguments)
     people: list[Person] = []
     count = int(str(arguments[arguments.index("--people") + 1])) if "--people" in arguments else 1

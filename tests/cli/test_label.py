@@ -84,12 +84,17 @@ def test_a_person_does_everything_and_goes_back(candidates: Path, kind: str) -> 
             page = person.vote(skip=1) if number == 1 else person.vote(**FORMS[kind], note="why" if number == 0 else "")
         assert page.address == "/done" and "Skipped" in page.text
         page = person.get("/task/2")
-        page = person.vote(**FORMS[kind])
+        page = person.vote(**FORMS[kind], note="not today")
         assert page.address == "/done" and "Skipped" not in page.text
         page = person.get("/task/1")
         assert "checked" in page.text or "aria-pressed" in page.text or "a better answer" in page.text
+        undone = {**page.fields, "last": page.last}
         page = person.undo()  # the last vote was on the second task
         assert page.address == "/task/2" and page.progress.startswith(f"{total - 1} of {total} done")
+        assert "not today" in page.text  # the note stays with the task
+        again = person.post("/undo", undone)  # sent twice: one vote is taken back
+        assert again.address == "/task/2" and again.progress == page.progress
+        assert person.post("/undo", {**undone, "last": "9999-1"}).status == 400
     votes = store.votes()
     assert len(votes) == total - 1 and votes[0].note == "why" and votes[0].seconds == 2.5
     assert {vote.vote.kind for vote in votes} == {kind}

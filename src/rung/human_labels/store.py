@@ -172,13 +172,13 @@ class LabelStore:
         """The latest vote of every slot that has one, in the order in which they were cast."""
         return [_cast_vote(row) for row in self._rows("SELECT * FROM latest WHERE value IS NOT NULL ORDER BY id")]
 
-    def vote(self, person: int, position: int) -> tuple[int, CastVote | None]:
-        """The revision of a slot, 0 before the first vote, and its vote unless there is none or it was taken back."""
+    def vote(self, person: int, position: int) -> tuple[int, CastVote | None, str]:
+        """The revision of a slot, 0 before the first vote, its vote unless it was taken back, and its note."""
         rows = self._rows("SELECT * FROM latest WHERE person = ? AND position = ?", person, position)
         if not rows:
-            return 0, None
-        _, _, _, revision, value, *_ = rows[0]
-        return revision, None if value is None else _cast_vote(rows[0])
+            return 0, None, ""
+        _, _, _, revision, value, note, *_ = rows[0]
+        return revision, None if value is None else _cast_vote(rows[0]), note
 
     def cast(
         self, person: int, position: int, revision: int, vote: Vote | None, note: str, seconds: float | None
@@ -210,11 +210,11 @@ class LabelStore:
         rows = self._rows(sql, person)
         return [row[0] for row in rows], [row[1] for row in rows if row[1] is not None]
 
-    def last_position(self, person: int) -> int | None:
-        """Position of the vote that the person cast last and has not taken back."""
-        sql = "SELECT position FROM latest WHERE person = ? AND value IS NOT NULL ORDER BY id DESC LIMIT 1"
+    def last_vote(self, person: int) -> tuple[int, int] | None:
+        """Position and revision of the vote that the person cast last and has not taken back."""
+        sql = "SELECT position, revision FROM latest WHERE person = ? AND value IS NOT NULL ORDER BY id DESC LIMIT 1"
         rows = self._rows(sql, person)
-        return int(rows[0][0]) if rows else None
+        return (int(rows[0][0]), int(rows[0][1])) if rows else None
 
     def _read_slots(self) -> list[list[Slot]]:
         slots: list[list[Slot]] = [[] for _ in self.people]

@@ -11,6 +11,7 @@ import hmac
 import sqlite3
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qsl
@@ -128,14 +129,19 @@ class Handlers:
         return _redirect("/done" if following is None else f"/task/{following + 1}")
 
     async def undo(self, request: Request) -> Response:
-        """POST /undo: take back the last vote of a person and show its task again."""
+        """POST /undo: take back the vote that the page names as the last one, and show its task again.
+
+        A request that is sent twice takes back one vote: the second time it is not there any more.
+        """
         person = self._person(request)
         form = await self._form(request, person)
-        position = self.store.last_position(person)
-        if position is None:
-            return _redirect("/")
-        revision, _ = self.store.vote(person, position)
-        await self._cast(person, position, revision, None, form)
+        position, revision = (_integer(part) for part in form.get("last", "").partition("-")[::2])
+        if position >= len(self.store.slots[person]):
+            raise RefusalError(400, "Not a form", "The form does not say which vote is taken back.")
+        now, cast, note = self.store.vote(person, position)
+        if now == revision and cast is not None:
+            with suppress(StaleVoteError):  # another tab was faster: its vote is shown
+                await self._cast(person, position, revision, None, {"note": note})
         return _redirect(f"/task/{position + 1}")
 
     async def done(self, request: Request) -> Response:

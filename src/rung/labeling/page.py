@@ -109,7 +109,8 @@ def _time_left(seconds: float) -> str:
 def task_page(store: LabelStore, person: int, position: int, message: str = "") -> str:
     """The page of one slot of a person."""
     slot = store.slots[person][position]
-    revision, cast = store.vote(person, position)
+    revision, cast, note = store.vote(person, position)
+    last = store.last_vote(person)
     item, kind = slot.task.item, store.settings.kind
     answers = [
         ShownAnswer(letter, blocks(item.answers[i].text), editable(item.answers[i].text))
@@ -125,7 +126,7 @@ def task_page(store: LabelStore, person: int, position: int, message: str = "") 
         context=blocks(item.context) if item.context else [],
         answers=answers,
         chosen=_chosen(cast, slot) if cast else {},
-        note=editable(cast.note) if cast else "",
+        note=editable(note),
         revision=revision,
         form_token=store.form_token(person),
         message=message,
@@ -134,7 +135,7 @@ def task_page(store: LabelStore, person: int, position: int, message: str = "") 
         scale=store.settings.scale,
         previous=position - 1 if position else None,
         following=position + 1 if position + 1 < len(store.slots[person]) else None,
-        can_undo=store.last_position(person) is not None,
+        last="" if last is None else f"{last[0]}-{last[1]}",
     )
 
 
