@@ -188,6 +188,7 @@ def test_wrong_links_are_limited(candidates: Path) -> None:
         statuses = [guesser.get(f"/enter/{'a' * 25}{i}").status for i in range(10)]
         assert statuses == [401] * 10
         assert guesser.get(f"/enter/{store.token(0)}").status == 429  # nor is the right one told from a wrong one
+        assert person.get("/task/1").status == 200 and person.vote(choice="left").status == 200  # who is in stays in
     store.close()
 
 

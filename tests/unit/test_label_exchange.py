@@ -92,11 +92,27 @@ def test_what_people_call_bad_is_not_learned() -> None:
     assert len(export_rows(labels("compare"), "sft")) == 8  # a third was called bad by one person
 
 
+def test_items_without_a_common_scale_are_left_out(capsys: Any) -> None:
+    """Wins over different opponents order nothing, nor do ratings of different people."""
+    data = labels("compare", people=1)
+    some = [vote for vote in data.votes if vote.shown != (2, 0) or not data.items[vote.item].question.endswith(" 5")]
+    rows = export_rows(LabelData(data.source, data.kind, data.items, data.people, some), "rated")
+    assert len(rows) == len(export_rows(data, "rated")) - 1 and not any(r["prompt"] == "question 5" for r in rows)
+    assert "1 of 12 items are left out" in capsys.readouterr().err
+    data = labels("rate")
+    dealt = [vote for vote in data.votes if (vote.person == "person 1") == (vote.shown[0] < 2)]
+    assert export_rows(LabelData(data.source, data.kind, data.items, data.people, dealt), "ranked") == []
+
+
 def test_exports_by_people() -> None:
     data = labels("compare", people=2)
     alone = [vote for vote in data.votes if vote.person == "person 1" or int(data.items[vote.item].question[9:]) < 4]
     some = LabelData(data.source, data.kind, data.items, data.people, alone)
     assert len(export_rows(some, "human_labels")) == 36 and len(export_rows(some, "human_labels", min_people=2)) == 12
+    # one person judged A and B, another B and C of the same item: nobody judged what the other did
+    alone = [vote for vote in data.votes if (vote.person == "person 1") == (vote.shown == (1, 0))]
+    parts = LabelData(data.source, data.kind, data.items, data.people, alone)
+    assert export_rows(parts, "preference", min_people=2) == []
     for name, message in (("csv", "no such export"), ("sft", "")):
         if message:
             with pytest.raises(ConfigError, match=message):
@@ -178,6 +194,40 @@ def test_files_as_the_tools_write_them(tmp_path: Path) -> None:
     data = read_labels(written(tmp_path / "argilla.jsonl", [argilla]))
     assert data.people == ["u1"] and data.votes[0].vote.ranks == {0: 1, 1: 1}  # ties stay ties
     assert all(not answer.systems for item in data.items.values() for answer in item.answers)
+
+
+def test_sides_of_label_studio_are_those_of_its_tag(tmp_path: Path) -> None:
+    """The first column of a task need not be the left text, and other texts stand beside them."""
+    result = {"type": "pairwise", "to_name": "answer_a,answer_b", "value": {"selected": "left"}}
+    data = {"prompt": "q", "source": "web", "answer_b": "B", "answer_a": "A"}
+    row = {"data": data, "annotations": [{"completed_by": 1, "result": [result]}]}
+    (found,) = texts_preferred(read_labels(written(tmp_path / "pair.jsonl", [row])), scores=False).values()
+    assert found == "A"
+    ranked = {"prompt": "q", "items": [{"id": "1", "body": "x"}, {"id": "2", "body": "y"}]}
+    buckets = {"value": {"ranker": {"good": ["1"], "bad": ["2"]}}}
+    with pytest.raises(DataError, match="several buckets"):
+        read_labels(written(tmp_path / "buckets.jsonl", [{"data": ranked, "annotations": [{"result": [buckets]}]}]))
+
+
+def test_arena_files_as_they_are(tmp_path: Path, capsys: Any) -> None:
+    """Newer words, parts of texts, odd times, conversations whose earlier turns differ, and many people."""
+
+    def talk(answer: Any, *turns: str) -> list[dict[str, Any]]:
+        earlier = [
+            {"role": role, "content": text} for turn in turns for role, text in (("assistant", turn), ("user", "?"))
+        ]
+        return [{"role": "user", "content": "q"}, *earlier, {"role": "assistant", "content": answer}]
+
+    base = {"model_a": "m", "model_b": "n", "winner": "both_bad", "tstamp": 1e20}
+    parts = [{"type": "text", "text": "one"}]
+    rows = [
+        {**base, "judge": f"j{i}", "conversation_a": talk(parts), "conversation_b": talk("two")} for i in range(400)
+    ]
+    rows.append({**base, "judge": "k", "conversation_a": talk("x", "early"), "conversation_b": talk("y", "other")})
+    result = label_result(written(tmp_path / "arena.jsonl", rows))
+    assert (result.votes, result.both_bad, len(result.people), result.pairs) == (400, 400, 400, ())
+    assert "1 votes are on conversations" in capsys.readouterr().err
+    assert "380 people more" in "\n".join(label_lines(result))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,26 @@ def test_who_always_takes_the_left_answer_gives_each_system_one_half(answers: in
     assert result.people[0].shown_first is not None and result.people[0].shown_first.mean == 1.0
 
 
+def test_sides_are_balanced_and_not_told_from_the_tasks_before() -> None:
+    """With alternating sides a person would know the system of every later task."""
+    (slots,) = lists(items=200, people=1, repeat=0.0)
+    sides = [slot.shown[0] for slot in slots]
+    assert sum(sides) == 100
+    for period in range(1, 7):
+        same = sum(a == b for a, b in zip(sides, sides[period:], strict=False)) / (len(sides) - period)
+        assert 0.35 < same < 0.65, period
+    (odd,) = lists(items=5, people=1, repeat=0.0)
+    assert sum(slot.shown[0] for slot in odd) in (2, 3)
+
+
+def test_agreement_does_not_ask_for_the_order_of_the_file(tmp_path: Path) -> None:
+    """Pairs whose better answer comes first: two people who agree in 9 of 10 have no kappa of 0 for that."""
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
+    found = read_items([written(tmp_path, "pairs.jsonl", *rows)])
+    first = sum(each.answers[0].text.startswith("good") for each in found)
+    assert 70 < first < 130
+
+
 def test_a_repeat_in_the_reverse_order_shows_who_looks_at_the_side() -> None:
     sides = summarize_labels(said(lists(people=2, repeat=0.5), {"choice": "left"}))
     assert [person.consistency.mean for person in sides.people if person.consistency] == [0.0, 0.0]
@@ -146,7 +166,7 @@ def test_items_come_from_every_kind_of_source(tmp_path: Path) -> None:
         0
     ].systems
     pairs = written(tmp_path, "pairs.jsonl", {"prompt": "q", "chosen": "good", "rejected": "bad"})
-    assert [answer.text for answer in read_items([pairs])[0].answers] == ["good", "bad"]
+    assert {answer.text for answer in read_items([pairs])[0].answers} == {"good", "bad"}
     plain = written(tmp_path, "plain.jsonl", {"question": "q", "answer": "a", "context": "c"})
     (one,) = read_items([plain])
     assert one.answers == (Answer("a"),) and one.context == "c" and one.expected is None

@@ -43,14 +43,11 @@ def read_people(config: RunConfig) -> LabelData | None:
 def with_people(
     ladder: Ladder, config: RunConfig, measured: Sequence[MeasuredRung], people: LabelData | None
 ) -> Ladder:
-    """The ladder with people's preference. Raises `ConfigError` where no vote is on answers of these rungs."""
+    """The ladder with people's preference; where no vote is on answers that these rungs give, it says so."""
     if people is None:
         return ladder
     current = current_labels(people, measured)
     strengths = system_strengths(current)
-    if not strengths:
-        hint = "rung label compare CLIMB -o FOLDER shows people the answers that the rungs give now"
-        raise ConfigError("no vote compares answers that these rungs give", where=WHERE, given=people.source, hint=hint)
     counted = len({(vote.person, *vote.task) for vote, _ in _comparing(current)})
     preference = HumanPreference(
         source=people.source,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from rung.config.data import DataConfig
+from rung.console import print_status
 from rung.data.formats import load_records
 from rung.data.read import RejectedRow, stream_rows
 from rung.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ def read_items(sources: Sequence[str], limit: int | None = None) -> list[Item]:
     """
     names = _names(sources)
     by_source = [
-        list(_candidates(source, name if len(sources) > 1 else None))
+        list(map(_encodable, _candidates(source, name if len(sources) > 1 else None)))
         for source, name in zip(sources, names, strict=True)
     ]
     by_prompt: dict[str, list[Candidate]] = {}
@@ -53,11 +54,24 @@ def read_items(sources: Sequence[str], limit: int | None = None) -> list[Item]:
         answered.update(set(keys))
         for key, candidate in zip(keys, candidates, strict=True):
             by_prompt.setdefault(key, []).append(candidate)
+    if lost := sum(count < len(sources) for count in answered.values()):
+        print_status(f"{lost:,} of {len(answered):,} prompts are not in every FILE: not asked")
     common = [candidates for key, candidates in by_prompt.items() if answered[key] == len(sources)]
     if not common:
         summary = "no prompt is answered by all of these" if len(sources) > 1 else "there is nothing to label"
         raise ConfigError(summary, where="FILE", given=", ".join(sources))
     return [_item(candidates) for candidates in common[:limit]]
+
+
+def _encodable(candidate: Candidate) -> Candidate:
+    """The candidate without halves of characters, which no export could write."""
+    prompt = tuple(replace(turn, content=_clean(turn.content)) for turn in candidate.prompt)
+    context = None if candidate.context is None else _clean(candidate.context)
+    return replace(candidate, prompt=prompt, context=context, answer=_clean(candidate.answer))
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _item(candidates: Sequence[Candidate]) -> Item:
@@ -68,12 +82,9 @@ def _item(candidates: Sequence[Candidate]) -> Item:
         raise DataError(
             "a person cannot compare so many answers at once", given=given, allowed=f"{MAX_ANSWERS} answers"
         )
-    if any(answer.systems for answer in answers):
-        # agreement beyond chance depends on what is called first: the order of systems would be the better one's
-        key = prompt_id(first.prompt, first.context)
-        answers = tuple(
-            sorted(answers, key=lambda answer: sha256(f"{key}{answer.text}".encode(errors="replace")).digest())
-        )
+    # agreement beyond chance depends on what is called first: in files the better answer often is
+    key = prompt_id(first.prompt, first.context)
+    answers = tuple(sorted(answers, key=lambda answer: sha256(f"{key}{answer.text}".encode()).digest()))
     return Item(first.prompt, answers, first.context, first.group, first.expected)
 
 

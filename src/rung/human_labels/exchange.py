@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rung.console import print_status
 from rung.data.read import RejectedRow, stream_rows
 from rung.errors import DataError
 from rung.human_labels.data import LabelData, LabeledVote
@@ -28,6 +29,7 @@ ARENA_WINNERS: dict[str, tuple[Outcome, bool]] = {
     "model_b": ("second", False),
     "tie": ("tie", False),
     "tie (bothbad)": ("tie", True),
+    "both_bad": ("tie", True),
 }
 """Arena's words, and whether they say that both are bad."""
 _PROMPTS = ("prompt", "instruction", "question", "input", "text")
@@ -100,31 +102,42 @@ def _reader(row: Row) -> Reader | None:
 
 
 def _read_arena(path: Path, rows: Iterable[tuple[str, Row]]) -> LabelData:
-    builder = _Builder(path, "compare")
+    builder, left_out = _Builder(path, "compare"), 0
     for where, row in rows:
         if (winner := ARENA_WINNERS.get(str(row.get("winner")))) is None:
             raise DataError("no such winner", where=where, given=row.get("winner"), allowed=", ".join(ARENA_WINNERS))
         conversations = [_turns(row.get(name), name, where) for name in ("conversation_a", "conversation_b")]
         (prompt, first), (other, second) = ((turns[:-1], turns[-1].content) for turns in conversations)
-        if prompt != other:
-            raise DataError("the two conversations differ before their last turn", where=where)
+        if prompt != other:  # of several turns: each model answered its own earlier ones
+            left_out += 1
+            continue
         answers = (Answer(first.strip(), (str(row["model_a"]),)), Answer(second.strip(), (str(row["model_b"]),)))
         item, indices = builder.add_item(Item(prompt, answers))
         if indices[0] != indices[1]:  # equal answers are one, and a tie whatever was clicked
             at = row.get("tstamp")
-            moment = datetime.fromtimestamp(at, UTC).isoformat() if isinstance(at, int | float) else ""
+            seconds = float(at) if isinstance(at, int | float) and 0 <= at < 2**33 else None
+            moment = "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
             builder.add_vote(row.get("judge", "person"), item, indices, _compared(indices, *winner), moment)
+    if left_out:
+        print_status(f"{left_out:,} votes are on conversations whose earlier turns differ: left out")
     return builder.data()
 
 
 def _turns(value: Any, name: str, where: str) -> tuple[Message, ...]:
     try:
-        turns = tuple(Message(turn["role"], str(turn["content"])) for turn in value)
+        turns = tuple(Message(turn["role"], _content(turn["content"])) for turn in value)
     except (TypeError, KeyError):
         raise DataError(f"{name} is no list of turns with role and content", where=where) from None
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise DataError(f"{name} does not end with an answer", where=where)
     return turns
+
+
+def _content(value: Any) -> str:
+    """A text, or the texts of a list of parts."""
+    if isinstance(value, list):
+        return "\n".join(str(part["text"]) for part in value if part.get("type") == "text")
+    return str(value)
 
 
 def _compared(indices: Sequence[int], outcome: Outcome, is_bad: bool = False) -> Vote:
@@ -235,7 +248,7 @@ def _read_label_studio(path: Path, rows: Sequence[tuple[str, Row]]) -> LabelData
     for where, row in rows:
         values = row["data"]
         prompt = (Message("user", _prompt(values, where)),)
-        texts = _studio_texts(values, is_ranking, where)
+        texts = _studio_texts(values, is_ranking, _sides(row["annotations"]), where)
         answers = tuple(Answer(text.strip()) for text in texts.values())
         item, indices = builder.add_item(Item(prompt, answers, id=prompt_id(prompt, "\0".join(texts.values()))))
         places = dict(zip(texts, indices, strict=True))
@@ -260,7 +273,13 @@ def _read_label_studio(path: Path, rows: Sequence[tuple[str, Row]]) -> LabelData
     return builder.data()
 
 
-def _studio_texts(values: Row, is_ranking: bool, where: str) -> dict[str, str]:
+def _sides(annotations: Any) -> list[str]:
+    """The columns of the left and the right text, which a result of the pairwise tag names."""
+    results = (result for annotation in annotations for result in annotation.get("result", ()))
+    return next((str(result["to_name"]).split(",") for result in results if result.get("to_name")), [])
+
+
+def _studio_texts(values: Row, is_ranking: bool, sides: Sequence[str], where: str) -> dict[str, str]:
     """The answers of a task by the name under which results refer to them."""
     if is_ranking:
         items = next((value for value in values.values() if isinstance(value, list)), None)
@@ -269,7 +288,9 @@ def _studio_texts(values: Row, is_ranking: bool, where: str) -> dict[str, str]:
         except (TypeError, KeyError, AttributeError):
             raise DataError("the ranked items have no id and body", where=where) from None
     names = [name for name, value in values.items() if isinstance(value, str) and name not in (*_PROMPTS, "context")]
-    names = [name for name in ("text1", "text2") if name in values] or names
+    # the first column need not be the left one
+    known = [side for side in sides if isinstance(values.get(side), str)]
+    names = known if len(known) == 2 else [name for name in ("text1", "text2") if name in values] or names
     if len(names) != 2:
         raise DataError("a pair has two texts beside its prompt", where=where, given=", ".join(names))
     return {name: str(values[name]) for name in names}
@@ -277,6 +298,8 @@ def _studio_texts(values: Row, is_ranking: bool, where: str) -> dict[str, str]:
 
 def _studio_order(value: Any, places: Mapping[str, int], where: str) -> list[str]:
     """The ids from best to worst; with buckets those of the one that is not the pile of what was not ranked."""
+    if isinstance(value, dict) and sum(bool(each) for name, each in value.items() if name != "_") > 1:
+        raise DataError("items are in several buckets, and none is a ranking of all", where=where, given=list(value))
     buckets = [each for name, each in value.items() if name != "_"] if isinstance(value, dict) else [value]
     order = next((bucket for bucket in buckets if bucket), value.get("_") if isinstance(value, dict) else value)
     if not isinstance(order, list) or not set(map(str, order)) <= set(places):

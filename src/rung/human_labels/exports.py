@@ -8,6 +8,7 @@ from datetime import datetime
 from statistics import fmean
 from typing import Any
 
+from rung.console import print_status
 from rung.data.rows import answer_row, preference_row, present, prompt_value
 from rung.errors import ConfigError
 from rung.human_labels.data import LabelData, LabeledVote
@@ -34,30 +35,43 @@ def export_rows(data: LabelData, name: str, min_people: int = 1) -> list[Row]:
         )
     if min_people == 1:
         return list(rows_of(data))
-    people: dict[str, set[str]] = defaultdict(set)
+    # by task: of a pair of answers, or of one answer that is rated
+    people: dict[object, set[str]] = defaultdict(set)
     for vote in data.first_votes:
-        people[vote.item].add(vote.person)
-    votes = [vote for vote in data.votes if len(people[vote.item]) >= min_people]
+        people[vote.task].add(vote.person)
+    votes = [vote for vote in data.votes if len(people[vote.task]) >= min_people]
     return list(rows_of(LabelData(data.source, data.kind, data.items, data.people, votes, data.open_tasks)))
 
 
 def _scores(data: LabelData) -> dict[str, dict[int, float]]:
     """Of each item the score of each answer: the mean rating, or the share of its comparisons that it won."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    pairs: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    people: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     if data.kind == "rate":
         for vote in data.first_votes:
             values[vote.item][vote.shown[0]].append(float(vote.vote.score or 0))
+            people[vote.item][vote.shown[0]].add(vote.person)
     else:
         for vote, comparison in data.comparisons():
             value = OUTCOME_VALUES[comparison.outcome]
             values[vote.item][comparison.first].append(value)
             values[vote.item][comparison.second].append(1.0 - value)
-    # in the order of the items, whoever voted first
-    return {
-        item: {answer: round(fmean(own), 6) for answer, own in sorted(values[item].items())}
+            pairs[vote.item].add((comparison.first, comparison.second))
+    # wins over different opponents, and ratings of different people, are no common scale
+    complete = [
+        item
         for item in data.items
         if item in values
-    }
+        and (data.kind == "rate" or len(pairs[item]) == len(values[item]) * (len(values[item]) - 1) // 2)
+        and len({frozenset(own) for own in people[item].values()}) <= 1
+    ]
+    if lost := len(values) - len(complete):
+        print_status(
+            f"{lost:,} of {len(values):,} items are left out: not all of their answers were judged by the same people"
+        )
+    # in the order of the items, whoever voted first
+    return {item: {answer: round(fmean(own), 6) for answer, own in sorted(values[item].items())} for item in complete}
 
 
 def _columns(item: Item) -> Row:

@@ -13,6 +13,7 @@ from rung.results.base import Estimate
 from rung.results.labels import LabelResult, PersonResult, SystemStrength
 
 SHOWN_DISAGREEMENTS = 5
+SHOWN_PEOPLE = 20
 
 
 def label_lines(result: LabelResult) -> list[str]:
@@ -33,7 +34,9 @@ def label_lines(result: LabelResult) -> list[str]:
         lines.append(f"no answer is good: {result.both_bad:,} votes")
     if result.names_models:
         lines.append(f"not blind: {result.names_models:,} items have an answer that names a model")
-    lines += ["", *render_lines(lambda _: [_people(result.people)])]
+    lines += ["", *render_lines(lambda _: [_people(result.people[:SHOWN_PEOPLE])])]
+    if len(result.people) > SHOWN_PEOPLE:
+        lines.append(f"and {len(result.people) - SHOWN_PEOPLE:,} people more: --json has all")
     if result.systems:
         lines += ["", *render_lines(lambda _: [_systems(result.systems)])]
     if result.unconnected:

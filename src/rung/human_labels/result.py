@@ -25,6 +25,9 @@ from rung.scoring.bradley_terry import Comparisons, make_comparisons, strengths,
 from rung.scoring.pairwise import OUTCOME_VALUES, majority
 from rung.scoring.stats import score_interval
 
+MAX_PAIRED_PEOPLE = 20
+"""People up to which every two are compared; alpha is of all, however many."""
+
 
 def label_result(
     source: str | Path, *, export: str | None = None, output: Path | None = None, min_people: int = 1
@@ -72,7 +75,7 @@ def summarize_labels(data: LabelData) -> LabelResult:
         items=len(data.items),
         tasks=len({vote.task for vote in data.first_votes}),
         votes=sum(vote.vote.kind != "skipped" for vote in data.votes),
-        people=tuple(_person(data, name) for name in data.people),
+        people=tuple(_people(data)),
         gold=sum(value is not None for value in majorities.values()),
         undecided=sum(value is None for value in majorities.values()),
         alpha=_alpha(data, several),
@@ -88,12 +91,16 @@ def summarize_labels(data: LabelData) -> LabelResult:
 def _alpha(data: LabelData, several: Mapping[Unit, Mapping[str, object]]) -> Estimate | None:
     if not several:
         return None
-    ratings = [[_label(labels.get(person)) for person in data.people] for labels in several.values()]
+    # alpha does not ask who said what: a column for each of thousands of people would not fit into memory
+    width = max(map(len, several.values()))
+    ratings = [[*map(_label, labels.values()), *[None] * (width - len(labels))] for labels in several.values()]
     return krippendorff_alpha(ratings, _clusters(data, several), is_scale=data.kind == "rate")
 
 
 def _pair_agreements(data: LabelData, several: Mapping[Unit, Mapping[str, object]]) -> list[PairAgreement]:
     found = []
+    if len(data.people) > MAX_PAIRED_PEOPLE:
+        return []
     for first, second in combinations(data.people, 2):
         both = {unit: labels for unit, labels in several.items() if first in labels and second in labels}
         if not both:
@@ -106,8 +113,14 @@ def _pair_agreements(data: LabelData, several: Mapping[Unit, Mapping[str, object
     return found
 
 
-def _person(data: LabelData, name: str) -> PersonResult:
-    votes = [vote for vote in data.votes if vote.person == name]
+def _people(data: LabelData) -> list[PersonResult]:
+    by_person: dict[str, list[LabeledVote]] = {name: [] for name in data.people}
+    for vote in data.votes:
+        by_person[vote.person].append(vote)
+    return [_person(data, name, votes) for name, votes in by_person.items()]
+
+
+def _person(data: LabelData, name: str, votes: Sequence[LabeledVote]) -> PersonResult:
     cast = [vote for vote in votes if vote.vote.kind != "skipped"]
     seconds = [vote.seconds for vote in cast if vote.seconds is not None]
     # two corrections of one answer differ in words, which says nothing

@@ -68,15 +68,23 @@ def make_tasks(kind: LabelKind, items: Sequence[Item]) -> list[Task]:
 
 
 def assign(tasks: Sequence[Task], people: int, overlap: float, repeat: float, seed: int) -> list[list[Slot]]:
-    """The list of each person: shared tasks, a share of the others, and repeats of some of both.
+    """The list of each person: shared items, a share of the others, and repeats of some of both.
 
-    A share of `overlap` of all tasks is given to every person, the others to one person each. Each person has a share
+    All tasks of an item go to the same people, so that its answers are judged by one measure. A share of `overlap` of
+    all items is given to every person, the others to one person each. Each person has a share
     of `repeat` of the own tasks again, with the answers in the reverse order, as late as possible after the first time.
     """
-    drawn = sorted(tasks, key=lambda task: _draw(seed, "task", task.id))
+    by_item: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        by_item[task.item.id].append(task)
+    drawn = sorted(by_item, key=lambda item: _draw(seed, "item", item))
     shared_count = math.ceil(overlap * len(drawn) - 1e-9) if people > 1 else 0
     shared, others = drawn[:shared_count], drawn[shared_count:]
-    return [_slots([*shared, *others[person::people]], person, repeat, seed) for person in range(people)]
+    lists = [[*shared, *others[person::people]] for person in range(people)]
+    return [
+        _slots([task for item in items for task in by_item[item]], person, repeat, seed)
+        for person, items in enumerate(lists)
+    ]
 
 
 def _slots(tasks: Sequence[Task], person: int, repeat: float, seed: int) -> list[Slot]:
@@ -93,19 +101,23 @@ def _slots(tasks: Sequence[Task], person: int, repeat: float, seed: int) -> list
 
 
 def _shown_orders(tasks: Sequence[Task], person: int, seed: int) -> list[tuple[int, ...]]:
-    """A random order of each task; of pairs of answers, every second of the same systems is turned round."""
-    counts: dict[tuple[str, ...], int] = defaultdict(int)
-    orders = []
-    for task in tasks:
-        if len(task.answers) != 2:
-            orders.append(tuple(sorted(task.answers, key=lambda i: _draw(seed, "shown", person, task.id, i))))
-            continue
-        first, second = sorted(task.answers, key=lambda i: (task.item.answers[i].systems, i))
-        names = tuple(",".join(task.item.answers[i].systems) for i in (first, second))
-        starts_turned = _draw(seed, "turned", person, *names)[0] % 2
-        is_turned = (counts[names] + starts_turned) % 2 == 1
-        counts[names] += 1
-        orders.append((second, first) if is_turned else (first, second))
+    """A random order of each task; of pairs of answers of the same systems half are turned round, drawn by the seed.
+
+    Which half is not to be told from the tasks before: with alternating sides a person would know the systems.
+    """
+    orders = [tuple(sorted(t.answers, key=lambda i: _draw(seed, "shown", person, t.id, i))) for t in tasks]
+    pairs: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, task in enumerate(tasks):
+        if len(task.answers) == 2:
+            pairs[tuple(sorted(",".join(task.item.answers[i].systems) for i in task.answers))].append(number)
+    for names, numbers in pairs.items():
+        drawn = sorted(numbers, key=lambda number: _draw(seed, "side", person, tasks[number].id))
+        # of an odd number the one that is left goes to either side
+        half = (len(drawn) + _draw(seed, "odd", person, *names)[0] % 2) // 2
+        for place, number in enumerate(drawn):
+            item = tasks[number].item
+            pair = sorted(tasks[number].answers, key=lambda i: (item.answers[i].systems, i))
+            orders[number] = (pair[1], pair[0]) if place < half else (pair[0], pair[1])
     return orders
 
 

@@ -63,7 +63,7 @@ def make_app(store: LabelStore, is_known_host: Callable[[str], bool] = is_loopba
     routes = [
         Route("/", handlers.start),
         Route("/enter/{token}", handlers.enter),
-        Route("/task/{number:int}", handlers.task, methods=["GET", "POST"]),
+        Route("/task/{number}", handlers.task, methods=["GET", "POST"]),
         Route("/undo", handlers.undo, methods=["POST"]),
         Route("/done", handlers.done),
         Route("/label.css", handlers.style),
@@ -109,7 +109,8 @@ class Handlers:
     async def task(self, request: Request) -> Response:
         """GET /task/N and POST /task/N: a task of a person, and the vote on it."""
         person = self._person(request)
-        position = request.path_params["number"] - 1
+        number = request.path_params["number"]
+        position = int(number) - 1 if number.isascii() and number.isdecimal() and len(number) < 10 else -1
         if not 0 <= position < len(self.store.slots[person]):
             raise RefusalError(404, "No such task", f"There are {len(self.store.slots[person])} tasks for you.")
         if request.method == "GET":
@@ -174,9 +175,11 @@ class Handlers:
 
     def _person_of(self, token: str, request: Request) -> int:
         address = request.client.host if request.client else ""
-        if self.wrong_links.is_blocked(address):
+        person = self.store.person_of(token)
+        # who is in stays in; a link is not opened, right or wrong, while somebody guesses
+        if self.wrong_links.is_blocked(address) and (person is None or request.url.path.startswith("/enter/")):
             raise RefusalError(429, "Too many wrong links", "Wait a minute, then open your link again.")
-        if (person := self.store.person_of(token)) is None:
+        if person is None:
             self.wrong_links.record_failure(address)
             raise RefusalError(401, "This link is wrong", "Ask for your link again: a part of it may be missing.")
         return person

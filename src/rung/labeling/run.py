@@ -18,7 +18,7 @@ from rung.console import interruptible, print_lines, print_status
 from rung.errors import ConfigError, PlanError
 from rung.human_labels.candidates import read_items
 from rung.human_labels.items import items_that_name_models
-from rung.human_labels.store import LabelSettings, LabelStore, is_label_folder, require_same
+from rung.human_labels.store import LINK_KEY_FILE, LabelSettings, LabelStore, is_label_folder, require_same
 from rung.human_labels.tasks import LEAST_ANSWERS, LabelKind, assign, make_tasks
 
 DEFAULT_OVERLAP, DEFAULT_REPEAT = 0.2, 0.05
@@ -87,6 +87,11 @@ def label(folder: Path, request: LabelRequest, page: PageRequest) -> None:
     _require_installed()
     from rung.web.server import listen
 
+    if page.url is not None and (
+        urlsplit(page.url).scheme not in ("http", "https") or urlsplit(page.url).path.strip("/")
+    ):
+        raise ConfigError("not the address of a page", where="--url", given=page.url, hint="https://labels.example.org")
+
     store = open_or_create(folder, request)
     with listen(page.host, page.port) as listening:
         try:
@@ -107,7 +112,7 @@ def open_or_create(folder: Path, request: LabelRequest) -> LabelStore:
         return store
     if not 1 <= request.people <= MAX_PEOPLE:
         raise ConfigError("so many people cannot be served", where="--people", given=request.people, allowed="1 to 100")
-    if request.names and len(set(request.names)) != request.people:
+    if request.names and (len(set(request.names)) != request.people or "" in request.names):
         raise ConfigError("names are one for each person", where="--names", given=", ".join(request.names))
     if request.scale is not None and request.kind != "rate":
         raise ConfigError("a scale is of ratings", where="--scale", given=request.scale, hint="rung label rate")
@@ -117,7 +122,10 @@ def open_or_create(folder: Path, request: LabelRequest) -> LabelStore:
         store = LabelStore.open(folder)
         require_same(store.settings, settings, folder)
         return store
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("this is a file, and labels are a folder", where="--output", given=str(folder))
+    # what a start that was killed leaves: the key of the links, and files that begin with a dot
+    if folder.exists() and any(p.name != LINK_KEY_FILE and p.name[0] != "." for p in folder.iterdir()):
         raise ConfigError("this folder holds other files", where=str(folder), hint="name a new folder with --output")
     tasks = make_tasks(request.kind, items)
     if not tasks:

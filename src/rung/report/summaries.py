@@ -175,6 +175,9 @@ def people_lines(human: HumanPreference | None) -> list[str]:
     """Whose preference the column of people is, and where it contradicts the deciding metric."""
     if human is None:
         return []
+    if not human.systems:
+        remedy = "rung label compare CLIMB shows people the answers that the rungs give now"
+        return [f"{PEOPLE}: no vote in {human.source} compares answers that these rungs give; {remedy}"]
     votes = f"{human.votes:,} votes of {human.people} {'person' if human.people == 1 else 'people'}"
     others = (
         f"; {human.other_votes:,} votes are on answers that the rungs do not give any more" if human.other_votes else ""
